@@ -1,0 +1,44 @@
+//! The C face of libhmm: handles and conversions around `hmm-core`, no logic of its own.
+//!
+//! The documentation of each exported item is written for C readers: it becomes `include/hmm.h`
+//! (`cargo run -p xtask -- gen-header`). Hand-written parts of the header are in `header/`.
+
+#![expect(non_camel_case_types, reason = "types have their C names")]
+#![expect(clippy::missing_safety_doc, reason = "what C callers must keep to is each function's documentation")]
+
+mod counters;
+mod device;
+mod devmem;
+mod error;
+mod handle;
+mod hold;
+mod migrate;
+mod mirror;
+mod mm;
+mod page;
+mod range;
+mod range_4_17;
+mod ret;
+mod sized;
+mod soft;
+mod tracking;
+mod version;
+mod vma;
+
+pub use counters::*;
+pub use device::*;
+pub use devmem::*;
+pub use error::*;
+pub use migrate::*;
+pub use mirror::*;
+pub use mm::*;
+pub use page::*;
+pub use range::*;
+pub use range_4_17::*;
+pub use soft::*;
+pub use version::*;
+pub use vma::*;
+
+/// All of Rust's allocations in this library live in its own mappings, which never migrate.
+#[global_allocator]
+static ALLOCATOR: hmm_core::arena::Arena = hmm_core::arena::Arena;

@@ -1,0 +1,275 @@
+//! Memory of the library's own mappings, which never migrate.
+//!
+//! A fault on a migrated page is answered by code of this library. If that code's data could itself be migrated, the
+//! answer would wait for itself. So what the fault path needs lives here: page table, device page descriptors, lists
+//! of a migration. The C and Python artefacts install [`Arena`] as their global allocator, so that all of Rust's
+//! allocations in them live here too, and the process's `malloc` is never entered.
+//!
+//! One reserved region of address space is carved into power-of-two classes with free lists. Freed blocks stay with
+//! their class; large ones give their memory back to the system.
+
+use crate::addr::VirtAddr;
+use crate::sync::Mutex;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use std::alloc::{GlobalAlloc, Layout};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Address space reserved at first use; halved until the system grants it.
+const RESERVATION: usize = 64 << 30;
+const SMALLEST_RESERVATION: usize = 64 << 20;
+const COMMIT_STEP: usize = 2 << 20;
+const MIN_CLASS: u32 = 4;
+const CLASSES: usize = 37;
+/// Blocks from this size on return their memory when freed.
+const GIVE_BACK: usize = 128 << 10;
+
+/// A global allocator over the library's own mappings.
+///
+/// ```
+/// #[global_allocator]
+/// static ALLOCATOR: hmm_core::arena::Arena = hmm_core::arena::Arena;
+/// # fn main() {}
+/// ```
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Arena;
+
+struct State {
+    next: usize,
+    committed: usize,
+    end: usize,
+    free: [*mut FreeBlock; CLASSES],
+}
+
+struct FreeBlock {
+    next: *mut FreeBlock,
+}
+
+// SAFETY: the raw pointers lead only to free blocks of the arena, which the mutex around `State` guards.
+unsafe impl Send for State {}
+
+static STATE: Mutex<State> =
+    Mutex::new(State { next: 0, committed: 0, end: 0, free: [ptr::null_mut(); CLASSES] });
+static START: AtomicUsize = AtomicUsize::new(0);
+static END: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether an address belongs to the arena.
+pub fn contains(address: VirtAddr) -> bool {
+    let address = address.get() as usize;
+    START.load(Ordering::Acquire) <= address && address < END.load(Ordering::Acquire)
+}
+
+/// The arena's reserved addresses, if it was used at all.
+pub(crate) fn bounds() -> Option<(u64, u64)> {
+    let (start, end) = (START.load(Ordering::Acquire), END.load(Ordering::Acquire));
+    (start != 0).then_some((start as u64, end as u64))
+}
+
+impl State {
+    fn reserve(&mut self) -> bool {
+        let mut size = RESERVATION;
+        while size >= SMALLEST_RESERVATION {
+            // SAFETY: a new anonymous mapping at an address of the kernel's choice replaces nothing.
+            let mapped = unsafe {
+                rustix::mm::mmap_anonymous(
+                    ptr::null_mut(),
+                    size,
+                    ProtFlags::empty(),
+                    MapFlags::PRIVATE | MapFlags::NORESERVE,
+                )
+            };
+            if let Ok(start) = mapped {
+                let start = start.expose_provenance();
+                (self.next, self.committed, self.end) = (start, start, start + size);
+                END.store(self.end, Ordering::Release);
+                START.store(start, Ordering::Release);
+                return true;
+            }
+            size /= 2;
+        }
+        false
+    }
+
+    fn carve(&mut self, size: usize) -> *mut u8 {
+        if self.end == 0 && !self.reserve() {
+            return ptr::null_mut();
+        }
+        // Blocks are aligned to their own size up to a page; a page suffices for everything larger.
+        let align = size.min(4096);
+        let Some(end) =
+            self.next.checked_next_multiple_of(align).and_then(|start| start.checked_add(size))
+        else {
+            return ptr::null_mut();
+        };
+        if end > self.end || !self.commit(end) {
+            return ptr::null_mut();
+        }
+        self.next = end;
+        ptr::with_exposed_provenance_mut(end - size)
+    }
+
+    fn commit(&mut self, end: usize) -> bool {
+        if end <= self.committed {
+            return true;
+        }
+        let target = end.next_multiple_of(COMMIT_STEP).min(self.end);
+        // SAFETY: the range lies inside the arena's own reservation, above everything handed out so far.
+        let done = unsafe {
+            rustix::mm::mprotect(
+                ptr::with_exposed_provenance_mut(self.committed),
+                target - self.committed,
+                MprotectFlags::READ | MprotectFlags::WRITE,
+            )
+        };
+        if done.is_ok() {
+            self.committed = target;
+        }
+        done.is_ok()
+    }
+}
+
+/// Class index and block size for a layout, or `None` when it is too large or too strictly aligned.
+fn class_of(layout: Layout) -> Option<(usize, usize)> {
+    if layout.align() > 4096 {
+        return None;
+    }
+    let size = layout.size().max(layout.align()).checked_next_power_of_two()?.max(1 << MIN_CLASS);
+    let class = (size.trailing_zeros() - MIN_CLASS) as usize;
+    (class < CLASSES).then_some((class, size))
+}
+
+fn allocate(layout: Layout) -> *mut u8 {
+    let Some((class, size)) = class_of(layout) else { return ptr::null_mut() };
+    let mut state = STATE.lock();
+    let head = state.free[class];
+    if head.is_null() {
+        return state.carve(size);
+    }
+    // SAFETY: `head` is a free block of this class; its first bytes hold the link written by `release`.
+    state.free[class] = unsafe { (*head).next };
+    head.cast()
+}
+
+/// # Safety
+/// `block` came from [`allocate`] with the same layout and is not used any more.
+unsafe fn release(block: *mut u8, layout: Layout) {
+    let Some((class, size)) = class_of(layout) else { return };
+    if size >= GIVE_BACK {
+        // The first page stays: it holds the link.
+        // SAFETY: the block is page aligned (carve), unused, and in a mapping of the arena's own.
+        let _ = unsafe {
+            rustix::mm::madvise(block.add(4096).cast(), size - 4096, Advice::LinuxDontNeed)
+        };
+    }
+    let block: *mut FreeBlock = block.cast();
+    let mut state = STATE.lock();
+    // SAFETY: the block is unused, and at least 16 bytes large and aligned (MIN_CLASS).
+    unsafe { (*block).next = state.free[class] };
+    state.free[class] = block;
+}
+
+// SAFETY: blocks are disjoint, at least as large and aligned as asked, and live until `dealloc`.
+unsafe impl GlobalAlloc for Arena {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        allocate(layout)
+    }
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is the one `release` asks for.
+        unsafe { release(block, layout) }
+    }
+}
+
+/// Moves a value into the arena; `None` when memory is short.
+pub(crate) fn put<T>(value: T) -> Option<NonNull<T>> {
+    let place = NonNull::new(allocate(Layout::new::<T>()).cast::<T>())?;
+    // SAFETY: the block is new, large enough for T and aligned for it.
+    unsafe { place.as_ptr().write(value) };
+    Some(place)
+}
+
+/// Drops a value that [`put`] placed.
+///
+/// # Safety
+/// `place` came from [`put`], and nobody can reach it any more.
+pub(crate) unsafe fn remove<T>(place: NonNull<T>) {
+    // SAFETY: the value is initialised, and the caller has the only pointer.
+    unsafe { ptr::drop_in_place(place.as_ptr()) };
+    // SAFETY: `put` allocated the block with this layout.
+    unsafe { release(place.as_ptr().cast(), Layout::new::<T>()) };
+}
+
+/// A fixed-size slice in the arena, dropped like a `Box<[T]>`.
+#[derive(Debug)]
+pub(crate) struct Buffer<T> {
+    start: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: a buffer owns its elements, like a Box.
+unsafe impl<T: Send> Send for Buffer<T> {}
+// SAFETY: shared access to the buffer is shared access to its elements.
+unsafe impl<T: Sync> Sync for Buffer<T> {}
+
+impl<T> Buffer<T> {
+    /// `len` elements made by `make`, or `None` when memory is short.
+    pub(crate) fn new(len: usize, mut make: impl FnMut(usize) -> T) -> Option<Self> {
+        let start = NonNull::new(allocate(Layout::array::<T>(len.max(1)).ok()?).cast::<T>())?;
+        for index in 0..len {
+            // SAFETY: the block has room for `len` elements of T.
+            unsafe { start.as_ptr().add(index).write(make(index)) };
+        }
+        Some(Self { start, len })
+    }
+}
+
+impl<T> std::ops::Deref for Buffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: all `len` elements were written by `new`, and the buffer owns them.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T> std::ops::DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let elements: *mut [T] = &mut **self;
+        // SAFETY: the elements are initialised, and nobody can reach them any more.
+        unsafe { ptr::drop_in_place(elements) };
+        if let Ok(layout) = Layout::array::<T>(self.len.max(1)) {
+            // SAFETY: the block came from `allocate` with this layout.
+            unsafe { release(self.start.as_ptr().cast(), layout) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_disjoint_aligned_and_recycled() {
+        let layout = Layout::from_size_align(100, 64).unwrap();
+        let (first, second) = (allocate(layout), allocate(layout));
+        assert_eq!(first.addr() % 64, 0);
+        assert!(first.addr().abs_diff(second.addr()) >= 128);
+        // SAFETY: `first` is live and 100 bytes large.
+        unsafe { first.write_bytes(7, 100) };
+        assert!(contains(VirtAddr::from_ptr(first)));
+        // SAFETY: allocated above with this layout, used no more.
+        unsafe { release(first, layout) };
+        assert_eq!(allocate(layout).addr(), first.addr());
+    }
+
+    #[test]
+    fn large_buffers_are_zero_where_asked() {
+        let buffer = Buffer::new(1 << 20, |index| index as u64).unwrap();
+        assert_eq!(buffer[(1 << 20) - 1], (1 << 20) - 1);
+    }
+}

@@ -1,0 +1,247 @@
+//! How CPU mappings are really changed: the [`Engine`] trait that the mm consumes, the [`FaultSink`] trait through
+//! which an engine reports, and the data that passes between them. An engine knows this file and the ground floor.
+
+pub mod model;
+pub mod uffd;
+
+use crate::addr::{AddrRange, VirtAddr};
+use crate::error::Result;
+use crate::flags::{Capabilities, Protection};
+use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
+
+/// What kind of memory a vma maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmaKind {
+    /// Private anonymous memory: the only kind that migrates.
+    Anonymous,
+    /// Shared anonymous memory, memfd, tmpfs.
+    Shared,
+    /// A private file mapping.
+    PrivateFile,
+    /// A shared file mapping.
+    SharedFile,
+    /// hugetlbfs.
+    Huge,
+    /// Driver memory and the like (`VM_SPECIAL`); never mirrored.
+    Special,
+}
+
+/// One mapping as the engine sees it now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where.
+    pub range: AddrRange,
+    /// Protection.
+    pub protection: Protection,
+    /// Kind.
+    pub kind: VmaKind,
+    /// Tells mappings of different origin apart (file identity), so that neighbours are not joined wrongly.
+    pub identity: u64,
+}
+
+/// What the CPU page table holds for a run of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Present {
+    /// Nothing (also: never touched).
+    None,
+    /// An ordinary page.
+    Page,
+    /// The shared zero page.
+    Zero,
+    /// Swapped out.
+    Swapped,
+}
+
+/// How much a range is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Watch {
+    /// Layout changes are reported.
+    Changes,
+    /// Also: touches of absent pages are reported.
+    Absence,
+}
+
+/// How far a mutator came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages done from the start of the request, in order.
+    pub pages: usize,
+    /// Why it stopped there.
+    pub stop: Stop,
+}
+
+/// Why a mutator stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// All done.
+    Done,
+    /// Layout changes are waiting to be applied: release the layout lock, call [`Engine::drain`], look again.
+    Retry,
+    /// The next page is shared or pinned and cannot be taken now.
+    Busy,
+    /// The next page is there already.
+    Exists,
+    /// The next page's mapping does not allow it (gone, other protection, other kind).
+    Refused,
+    /// No memory for a page.
+    NoMemory,
+}
+
+/// Source of [`Engine::give`]'s pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Give {
+    /// Copy the frames; they stay populated. Needs no TLB flush: best for single pages.
+    Copy,
+    /// Move the frames; their slots are empty afterwards. Best for long runs.
+    Move,
+}
+
+/// A CPU touch of an absent page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FaultEvent {
+    /// Address, rounded down to the page.
+    pub addr: VirtAddr,
+    /// Whether it was a write.
+    pub write: bool,
+    /// The toucher is one of the library's own threads: a callback touched memory that migrates.
+    pub from_service_thread: bool,
+}
+
+/// A change of the layout that the process made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapEvent {
+    /// The range is unmapped.
+    Unmap(AddrRange),
+    /// The contents of the range are dropped (`MADV_DONTNEED`, `MADV_REMOVE`, …), the mapping stays.
+    Remove(AddrRange),
+    /// The mapping moved, with its contents, to an address.
+    Remap {
+        /// Old place.
+        from: AddrRange,
+        /// Start of the new place.
+        to: VirtAddr,
+    },
+}
+
+/// What the sink did about a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resolution {
+    /// The toucher was woken, or will be by whoever holds the page.
+    Resolved,
+    /// Layout changes must be read first; report the fault again afterwards.
+    Retry,
+}
+
+/// Where an engine reports. Implemented by the mm.
+pub trait FaultSink: Send + Sync {
+    /// A fault. Called with no lock held.
+    fn on_fault(&self, fault: FaultEvent) -> Resolution;
+    /// A layout change. Called with the layout lock held for writing, in the order in which the changes were made;
+    /// returns a ticket. Must not block on user code.
+    fn on_map_event(&self, event: MapEvent) -> MapTicket;
+    /// Finish what `on_map_event` began (callbacks, freed device pages). Called after the layout lock was released.
+    fn finish_map_event(&self, ticket: MapTicket);
+    /// Memory that the engine's own threads need (their stacks): it must never migrate.
+    fn on_own_memory(&self, range: AddrRange);
+}
+
+/// Links [`FaultSink::on_map_event`] with [`FaultSink::finish_map_event`].
+#[derive(Debug)]
+#[must_use = "an unfinished ticket leaves a range invalid for ever"]
+pub struct MapTicket(pub(crate) usize);
+
+/// Orders what the process does to its layout against what the library does to its pages.
+///
+/// Held for writing while layout events are read **and** applied; held for reading around each take, give or zero
+/// together with the page-table update that belongs to it. Never taken twice by one thread.
+#[derive(Debug, Default)]
+pub struct LayoutLock(RwLock<()>);
+
+impl LayoutLock {
+    /// Holds the layout still.
+    pub fn hold(&self) -> RwLockReadGuard<'_, ()> {
+        self.0.read()
+    }
+    /// For reading and applying events.
+    pub fn change(&self) -> RwLockWriteGuard<'_, ()> {
+        self.0.write()
+    }
+}
+
+/// The narrow interface through which the mm changes CPU mappings.
+///
+/// Addresses are page aligned. `take`, `give` and `zero` are called with the layout lock held for reading.
+pub trait Engine: Send + Sync + std::fmt::Debug {
+    /// `"uffd"`, `"signal"` or `"model"`: for people, never for decisions.
+    fn name(&self) -> &'static str;
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+    /// The lock of [`LayoutLock`].
+    fn layout(&self) -> &LayoutLock;
+    /// Starts answering faults and reporting events to `sink` (once).
+    ///
+    /// # Errors
+    /// When threads cannot be started.
+    fn start(&self, sink: Arc<dyn FaultSink>) -> Result<()>;
+    /// Stops and releases everything. All pages are home by now.
+    fn stop(&self);
+    /// The first mapping that ends above `addr` (like `find_vma`).
+    ///
+    /// # Errors
+    /// When the system cannot be asked.
+    fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>>;
+    /// Be told of changes to a range, which lies in one mapping. Idempotent; may be widened.
+    ///
+    /// # Errors
+    /// When the range cannot be watched.
+    fn watch(&self, range: AddrRange, watch: Watch) -> Result<()>;
+    /// Reports what is there, as runs in rising order that together cover the range.
+    ///
+    /// # Errors
+    /// When the system cannot be asked.
+    fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()>;
+    /// Makes pages present as a CPU access would (zero fill, COW, file read, swap-in). May wait for service threads.
+    ///
+    /// # Errors
+    /// `Fault` or `Permission` as the CPU access would fail.
+    fn populate(&self, range: AddrRange, write: bool) -> Result<()>;
+    /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
+    /// store. Holes stay holes: their frames stay empty.
+    fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
+    /// Installs the contents of frames from `frame` on, each page atomically, and wakes who waits for it.
+    fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
+    /// Installs a page of zeros and wakes who waits for it.
+    fn zero(&self, page: VirtAddr, write: bool) -> Progress;
+    /// Lets everyone who waits for a page of the range try again.
+    fn wake(&self, range: AddrRange);
+    /// A touch of the page gets SIGBUS from now on. False when the engine cannot.
+    fn poison(&self, page: VirtAddr) -> bool;
+    /// Reads and applies waiting layout events, if any. Called with no lock held, from any thread.
+    fn drain(&self);
+    /// Reads bytes that are present, without waiting and without faulting. False when some page is not there.
+    fn peek(&self, addr: VirtAddr, out: &mut [u8]) -> bool;
+    /// Writes bytes to pages that are present. False when some page is not there (earlier ones may be written).
+    fn poke(&self, addr: VirtAddr, data: &[u8]) -> bool;
+    /// Reads as a system call would: waits for absent pages. Returns the bytes read.
+    ///
+    /// # Errors
+    /// `Fault` when nothing at all can be read.
+    fn read(&self, addr: VirtAddr, out: &mut [u8]) -> Result<usize>;
+    /// Writes as a system call would.
+    ///
+    /// # Errors
+    /// `Fault` when nothing at all can be written.
+    fn write(&self, addr: VirtAddr, data: &[u8]) -> Result<usize>;
+    /// Reserves address space for frames: 2 MiB aligned, all slots empty.
+    ///
+    /// # Errors
+    /// When the address space cannot be had.
+    fn reserve_frames(&self, bytes: u64) -> Result<AddrRange>;
+    /// Fills an empty frame slot with a page of zeros.
+    fn fill_frame(&self, frame: VirtAddr) -> bool;
+    /// Frees the memory of frame slots; they are empty afterwards. Never called by a thread that reads events.
+    fn empty_frames(&self, frames: AddrRange);
+    /// Whether the calling thread is one of the engine's own (it must then never wait for the others).
+    fn is_service_thread(&self) -> bool;
+}

@@ -1,0 +1,312 @@
+//! The userfaultfd engine (default on Linux).
+//!
+//! One blocking descriptor, so that system calls on absent pages wait as loads do. Contents move by `UFFDIO_MOVE`
+//! between the process's vmas and the frame area, single pages by `UFFDIO_COPY`. Ranges are watched by write-protect
+//! registration in asynchronous mode: nothing is ever write-protected, ordinary faults cost nothing, and every kind of
+//! mapping may be watched; the kernel then reports munmap, mremap and madvise.
+
+mod abi;
+mod kernel_view;
+mod open;
+mod service;
+
+use super::{
+    Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch,
+};
+use crate::addr::{AddrRange, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, VirtAddr};
+use crate::error::{Error, Result};
+use crate::flags::Capabilities;
+use crate::limits::DEADLINE;
+use abi::{Fill, Range, Register, Transfer, feature};
+use kernel_view::KernelView;
+use crate::sync::Mutex;
+use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use service::Service;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A page of zeros to copy from.
+#[repr(C, align(4096))]
+struct ZeroPage([u8; PAGE_SIZE]);
+static ZEROS: ZeroPage = ZeroPage([0; PAGE_SIZE]);
+
+impl ZeroPage {
+    fn address(&self) -> VirtAddr {
+        VirtAddr::from_ptr(self.0.as_ptr())
+    }
+}
+
+/// Userfaultfd with MOVE and events.
+#[derive(Debug)]
+pub struct UffdEngine {
+    descriptor: Arc<OwnedFd>,
+    features: u64,
+    view: KernelView,
+    layout: Arc<LayoutLock>,
+    service: Service,
+    frame_areas: Mutex<Vec<AddrRange>>,
+}
+
+impl UffdEngine {
+    /// Opens a descriptor and probes the kernel.
+    ///
+    /// # Errors
+    /// `Unsupported` with the reason and what would help.
+    pub fn open() -> Result<Self> {
+        let (descriptor, features) = open::open()?;
+        let descriptor = Arc::new(descriptor);
+        let layout = Arc::new(LayoutLock::default());
+        let service = Service::new(Arc::clone(&descriptor), Arc::clone(&layout))?;
+        let (view, frame_areas) = (KernelView::open()?, Mutex::new(Vec::new()));
+        Ok(Self { descriptor, features, view, layout, service, frame_areas })
+    }
+
+    /// Ends every registration at once. The number stays taken (by an empty file), so that a late call on it fails
+    /// instead of reaching a stranger's descriptor.
+    fn close_descriptor(&self) {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        let Ok(null) = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty()) else { return };
+        // SAFETY: both numbers are open descriptors; this engine owns the replaced one.
+        unsafe { libc::dup3(null.as_raw_fd(), self.descriptor.as_raw_fd(), libc::O_CLOEXEC) };
+    }
+
+    fn move_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {
+        let mut request = Transfer {
+            destination: to.get(),
+            source: from.get(),
+            len: (pages as u64) << PAGE_SHIFT,
+            mode: abi::MOVE_ALLOW_SRC_HOLES,
+            done: 0,
+        };
+        let result = abi::move_pages(&*self.descriptor, &mut request);
+        progress(result, request.done, pages)
+    }
+
+    fn copy_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {
+        let mut request = Transfer {
+            destination: to.get(),
+            source: from.get(),
+            len: (pages as u64) << PAGE_SHIFT,
+            mode: 0,
+            done: 0,
+        };
+        let result = abi::copy(&*self.descriptor, &mut request);
+        progress(result, request.done, pages)
+    }
+}
+
+/// Only positive counts are progress; the field may hold `-errno`, or nothing new.
+fn progress(result: std::result::Result<(), Errno>, done: i64, wanted: usize) -> Progress {
+    let pages = usize::try_from(done.max(0)).unwrap_or(0) >> PAGE_SHIFT;
+    let stop = match result {
+        Ok(()) => return Progress { pages: wanted, stop: Stop::Done },
+        Err(Errno::AGAIN) => Stop::Retry,
+        Err(Errno::BUSY) => Stop::Busy,
+        Err(Errno::EXIST) => Stop::Exists,
+        Err(Errno::NOMEM) => Stop::NoMemory,
+        Err(_) => Stop::Refused,
+    };
+    Progress { pages: pages.min(wanted), stop }
+}
+
+impl Engine for UffdEngine {
+    fn name(&self) -> &'static str {
+        "uffd"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::MISSING_FAULTS
+            | Capabilities::MOVE
+            | Capabilities::KERNEL_FAULTS
+            | Capabilities::EVENTS;
+        capabilities.set(Capabilities::POISON, self.features & feature::POISON != 0);
+        capabilities
+    }
+
+    fn layout(&self) -> &LayoutLock {
+        &self.layout
+    }
+
+    fn start(&self, sink: Arc<dyn FaultSink>) -> Result<()> {
+        self.service.start(sink)
+    }
+
+    fn stop(&self) {
+        self.service.stop();
+        self.close_descriptor();
+        for area in self.frame_areas.lock().drain(..) {
+            // SAFETY: the area is a mapping of `reserve_frames`, and no migration is under way any more.
+            let _ = unsafe {
+                rustix::mm::munmap(area.start().as_ptr().cast(), area.len() as usize)
+            };
+        }
+    }
+
+    fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
+        self.view.mapping_at(addr)
+    }
+
+    fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
+        let mode = match watch {
+            Watch::Changes => abi::REGISTER_WP,
+            Watch::Absence => abi::REGISTER_WP | abi::REGISTER_MISSING,
+        };
+        let mut request = Register { range: raw(range), mode, ioctls: 0 };
+        abi::register(&*self.descriptor, &mut request).map_err(|errno| match errno {
+            Errno::BUSY => Error::Busy {
+                address: range.start(),
+                what: "another userfaultfd of this process has the range",
+            },
+            Errno::NOMEM => Error::NoMemory { what: "mappings (vm.max_map_count)" },
+            errno => Error::os("UFFDIO_REGISTER", range.start(), errno),
+        })
+    }
+
+    fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()> {
+        self.view.scan(range, report)
+    }
+
+    fn populate(&self, range: AddrRange, write: bool) -> Result<()> {
+        let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            // SAFETY: populating changes no contents; the kernel checks the range.
+            let done = unsafe {
+                rustix::mm::madvise(range.start().as_ptr().cast(), range.len() as usize, advice)
+            };
+            let address = range.start();
+            return match done {
+                Ok(()) => Ok(()),
+                Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => continue,
+                Err(Errno::NOMEM) => Err(Error::Fault { address, what: "a part is not mapped" }),
+                Err(Errno::INVAL) => {
+                    Err(Error::Permission { address, what: "the mapping forbids the access" })
+                }
+                Err(Errno::FAULT) => Err(Error::Fault { address, what: "the page cannot be had" }),
+                Err(errno) => Err(Error::os("MADV_POPULATE", address, errno)),
+            };
+        }
+    }
+
+    fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+        self.move_pages(frame, range.start(), range.pages())
+    }
+
+    fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {
+        if how == Give::Move {
+            let progress = self.move_pages(range.start(), frame, range.pages());
+            // A vma that became read-only or locked cannot be moved into, but it can be copied into.
+            if progress.stop != Stop::Refused || progress.pages > 0 {
+                return progress;
+            }
+        }
+        self.copy_pages(range.start(), frame, range.pages())
+    }
+
+    fn zero(&self, page: VirtAddr, write: bool) -> Progress {
+        if write {
+            // A page of its own at once; the shared zero page would fault a second time.
+            return self.copy_pages(page, ZEROS.address(), 1);
+        }
+        let mut request = Fill { range: raw(AddrRange::page_of(page)), mode: 0, done: 0 };
+        let result = abi::zero_page(&*self.descriptor, &mut request);
+        progress(result, request.done, 1)
+    }
+
+    fn wake(&self, range: AddrRange) {
+        // Fails only for bad ranges; then nobody waits there.
+        let _ = abi::wake(&*self.descriptor, &mut raw(range));
+    }
+
+    fn poison(&self, page: VirtAddr) -> bool {
+        let mut request = Fill { range: raw(AddrRange::page_of(page)), mode: 0, done: 0 };
+        abi::poison(&*self.descriptor, &mut request).is_ok()
+    }
+
+    fn drain(&self) {
+        self.service.drain();
+    }
+
+    fn peek(&self, addr: VirtAddr, out: &mut [u8]) -> bool {
+        rustix::io::pread(self.view.memory(), &mut *out, addr.get()) == Ok(out.len())
+    }
+
+    fn poke(&self, addr: VirtAddr, data: &[u8]) -> bool {
+        rustix::io::pwrite(self.view.memory(), data, addr.get()) == Ok(data.len())
+    }
+
+    fn read(&self, addr: VirtAddr, out: &mut [u8]) -> Result<usize> {
+        let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+        let remote = libc::iovec { iov_base: addr.as_ptr().cast(), iov_len: out.len() };
+        // SAFETY: `local` is `out`, writable; the kernel checks `remote`, which is only read.
+        let count = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        transferred(count, addr, "nothing can be read there")
+    }
+
+    fn write(&self, addr: VirtAddr, data: &[u8]) -> Result<usize> {
+        let local = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+        let remote = libc::iovec { iov_base: addr.as_ptr().cast(), iov_len: data.len() };
+        // SAFETY: `local` is `data`, only read; the kernel checks `remote`, memory that the caller asks to change.
+        let count = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+        transferred(count, addr, "nothing can be written there")
+    }
+
+    fn reserve_frames(&self, bytes: u64) -> Result<AddrRange> {
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let mapped = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                (bytes + LEAF_SIZE) as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        };
+        let no_memory = Error::NoMemory { what: "address space for frames" };
+        let start = mapped.map_err(|_| no_memory)?.expose_provenance() as u64;
+        let start = start.next_multiple_of(LEAF_SIZE);
+        let area = AddrRange::new(start, start + bytes)?;
+        self.watch(area, Watch::Absence)?;
+        self.frame_areas.lock().push(area);
+        Ok(area)
+    }
+
+    fn fill_frame(&self, frame: VirtAddr) -> bool {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let zeros = ZEROS.address();
+            match self.copy_pages(frame, zeros, 1).stop {
+                Stop::Done | Stop::Exists => return true,
+                Stop::Retry if Instant::now() < deadline => self.drain(),
+                _ => return false,
+            }
+        }
+    }
+
+    fn empty_frames(&self, frames: AddrRange) {
+        // SAFETY: frames belong to the library, and idle ones hold nothing that anybody needs.
+        let _ = unsafe {
+            rustix::mm::madvise(
+                frames.start().as_ptr().cast(),
+                frames.len() as usize,
+                Advice::LinuxDontNeed,
+            )
+        };
+    }
+
+    fn is_service_thread(&self) -> bool {
+        self.service.is_own_thread()
+    }
+}
+
+fn raw(range: AddrRange) -> Range {
+    Range { start: range.start().get(), len: range.len() }
+}
+
+fn transferred(count: isize, address: VirtAddr, what: &'static str) -> Result<usize> {
+    match usize::try_from(count) {
+        Ok(0) | Err(_) => Err(Error::Fault { address, what }),
+        Ok(count) => Ok(count),
+    }
+}

@@ -1,0 +1,286 @@
+//! Service threads: one pinned to each core, so that a fault is answered where it was raised.
+//!
+//! Messages are read in small batches with the layout lock held for writing, and layout changes among them are applied
+//! before it is released. Only then are faults answered, from the state of the page as it is by now.
+
+use super::abi::{self, Message, Range};
+use crate::addr::{AddrRange, VirtAddr};
+use crate::engine::{FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution};
+use crate::error::{Error, Result};
+use crate::limits::EVENT_BATCH;
+use crate::notifier::this_thread;
+use crate::sync::{Mutex, RwLock};
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const THREADS: usize = 1024;
+const STACK: usize = 1 << 20;
+/// A fault that needs other events to be read first is tried again so often before it is woken to fault anew.
+const TRIES: usize = 64;
+
+/// The threads and what they share.
+#[derive(Debug)]
+pub(super) struct Service {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Shared {
+    descriptor: Arc<OwnedFd>,
+    layout: Arc<LayoutLock>,
+    sink: RwLock<Option<Arc<dyn FaultSink>>>,
+    stop: OwnedFd,
+    /// pthread handles and kernel ids of the service threads.
+    handles: [AtomicUsize; THREADS],
+    ids: [AtomicU32; THREADS],
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
+impl Service {
+    pub(super) fn new(descriptor: Arc<OwnedFd>, layout: Arc<LayoutLock>) -> Result<Self> {
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))?;
+        let shared = Shared {
+            descriptor,
+            layout,
+            sink: RwLock::new(None),
+            stop,
+            handles: [const { AtomicUsize::new(0) }; THREADS],
+            ids: [const { AtomicU32::new(0) }; THREADS],
+        };
+        Ok(Self { shared: Arc::new(shared), threads: Mutex::new(Vec::new()) })
+    }
+
+    pub(super) fn start(&self, sink: Arc<dyn FaultSink>) -> Result<()> {
+        *self.shared.sink.write() = Some(sink);
+        let mut threads = self.threads.lock();
+        for (number, cpu) in usable_cpus().into_iter().take(THREADS).enumerate() {
+            let shared = Arc::clone(&self.shared);
+            let spawned = std::thread::Builder::new()
+                .name(format!("hmm-uffd/{cpu}"))
+                .stack_size(STACK)
+                .spawn(move || shared.run(number, cpu));
+            threads.push(spawned.map_err(|error| Error::Os {
+                call: "pthread_create",
+                address: VirtAddr::new(0),
+                errno: error.raw_os_error().unwrap_or(libc::EAGAIN),
+            })?);
+        }
+        drop(threads);
+        self.wait_until_running()
+    }
+
+    /// Faults are answered from now on, and the threads' own memory is known.
+    fn wait_until_running(&self) -> Result<()> {
+        let count = self.threads.lock().len();
+        for _ in 0..10_000 {
+            let running = self.shared.ids.iter().take(count);
+            if running.filter(|id| id.load(Ordering::Acquire) != 0).count() == count {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let address = VirtAddr::new(0);
+        Err(Error::Busy { address, what: "service threads do not start" })
+    }
+
+    pub(super) fn stop(&self) {
+        let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        for thread in self.threads.lock().drain(..) {
+            // A panic on it has ended the process already.
+            let _ = thread.join();
+        }
+        *self.shared.sink.write() = None;
+    }
+
+    pub(super) fn drain(&self) {
+        self.shared.drain();
+    }
+
+    pub(super) fn is_own_thread(&self) -> bool {
+        let me = this_thread();
+        let handles = self.shared.handles.iter().map(|one| one.load(Ordering::Relaxed));
+        handles.take_while(|one| *one != 0).any(|one| one == me)
+    }
+}
+
+/// Cores that this process may run on.
+fn usable_cpus() -> Vec<usize> {
+    let allowed = rustix::thread::sched_getaffinity(None);
+    let count = rustix::thread::CpuSet::MAX_CPU;
+    let cpus: Vec<_> =
+        allowed.map(|set| (0..count).filter(|cpu| set.is_set(*cpu)).collect()).unwrap_or_default();
+    if cpus.is_empty() { vec![0] } else { cpus }
+}
+
+impl Shared {
+    fn run(&self, number: usize, cpu: usize) {
+        // If this thread disappeared, every later fault would hang: a panic ends the process.
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            self.prepare(number, cpu);
+            self.serve();
+        }));
+        if ended.is_err() {
+            std::process::abort();
+        }
+    }
+
+    fn prepare(&self, number: usize, cpu: usize) {
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(cpu);
+        // A core that went offline meanwhile only costs speed.
+        let _ = rustix::thread::sched_setaffinity(None, &set);
+        block_signals();
+        if let (Some(stack), Some(sink)) = (own_stack(), &*self.sink.read()) {
+            sink.on_own_memory(stack);
+        }
+        self.handles[number].store(this_thread(), Ordering::Relaxed);
+        let id = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        self.ids[number].store(id, Ordering::Release);
+    }
+
+    fn serve(&self) {
+        loop {
+            let mut waiting = [
+                PollFd::new(&*self.descriptor, PollFlags::IN),
+                PollFd::new(&self.stop, PollFlags::IN),
+            ];
+            if rustix::event::poll(&mut waiting, None).is_err() {
+                continue;
+            }
+            if !waiting[1].revents().is_empty() {
+                return;
+            }
+            self.read_and_answer();
+        }
+    }
+
+    fn read_and_answer(&self) {
+        let sink = self.sink.read().clone();
+        let Some(sink) = sink else { return };
+        let mut messages = [Message::default(); EVENT_BATCH];
+        let count = self.read_and_apply(&*sink, &mut messages);
+        for message in &messages[..count] {
+            if message.event == abi::EVENT_PAGEFAULT {
+                self.answer(&*sink, self.fault(message));
+            }
+        }
+    }
+
+    /// Reads a batch and applies its layout changes; returns how many messages were read.
+    fn read_and_apply(
+        &self,
+        sink: &dyn FaultSink,
+        messages: &mut [Message; EVENT_BATCH],
+    ) -> usize {
+        let mut tickets: [Option<MapTicket>; EVENT_BATCH] = [const { None }; EVENT_BATCH];
+        let changing = self.layout.change();
+        let count = self.read(messages);
+        for (message, ticket) in messages[..count].iter().zip(&mut tickets) {
+            *ticket = map_event(message).map(|event| sink.on_map_event(event));
+        }
+        drop(changing);
+        tickets.into_iter().flatten().for_each(|ticket| sink.finish_map_event(ticket));
+        count
+    }
+
+    fn read(&self, messages: &mut [Message; EVENT_BATCH]) -> usize {
+        let size = size_of_val(messages);
+        let start = messages.as_mut_ptr().cast::<u8>();
+        // SAFETY: the array is plain data of `size` bytes without padding; every bit pattern is valid for it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(start, size) };
+        rustix::io::read(&*self.descriptor, bytes).unwrap_or(0) / size_of::<Message>()
+    }
+
+    fn fault(&self, message: &Message) -> FaultEvent {
+        let [flags, address, thread] = message.argument;
+        let thread = thread as u32;
+        let known = self.ids.iter().map(|id| id.load(Ordering::Relaxed)).take_while(|id| *id != 0);
+        FaultEvent {
+            addr: VirtAddr::new(address).page(),
+            write: flags & abi::FAULT_WRITE != 0,
+            from_service_thread: known.into_iter().any(|id| id == thread),
+        }
+    }
+
+    fn answer(&self, sink: &dyn FaultSink, fault: FaultEvent) {
+        for _ in 0..TRIES {
+            if sink.on_fault(fault) == Resolution::Resolved {
+                return;
+            }
+            self.drain();
+            std::thread::yield_now();
+        }
+        // The toucher faults again, and the state may be another by then.
+        self.wake(fault.addr);
+    }
+
+    /// Reads what waits. Layout changes are applied; faults are sent back to be raised again, since the caller has
+    /// work of its own to finish first.
+    fn drain(&self) {
+        let sink = self.sink.read().clone();
+        let Some(sink) = sink else { return };
+        let mut messages = [Message::default(); EVENT_BATCH];
+        let count = self.read_and_apply(&*sink, &mut messages);
+        for message in &messages[..count] {
+            if message.event == abi::EVENT_PAGEFAULT {
+                self.wake(VirtAddr::new(message.argument[1]));
+            }
+        }
+    }
+
+    fn wake(&self, addr: VirtAddr) {
+        let page = AddrRange::page_of(addr);
+        let mut range = Range { start: page.start().get(), len: page.len() };
+        let _ = abi::wake(&*self.descriptor, &mut range);
+    }
+}
+
+fn map_event(message: &Message) -> Option<MapEvent> {
+    let [first, second, third] = message.argument;
+    match message.event {
+        abi::EVENT_UNMAP => AddrRange::new(first, second).ok().map(MapEvent::Unmap),
+        abi::EVENT_REMOVE => AddrRange::new(first, second).ok().map(MapEvent::Remove),
+        abi::EVENT_REMAP => {
+            let from = AddrRange::new(first, first.checked_add(third)?).ok()?;
+            Some(MapEvent::Remap { from, to: VirtAddr::new(second) })
+        }
+        _ => None,
+    }
+}
+
+/// The application's signal handlers have no business on these threads.
+fn block_signals() {
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigfillset initialises the set.
+    unsafe { libc::sigfillset(all.as_mut_ptr()) };
+    // SAFETY: `all` is initialised, and a null old set is allowed.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
+}
+
+/// The calling thread's stack, with the thread control block above it.
+fn own_stack() -> Option<AddrRange> {
+    let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
+    // SAFETY: on success it initialises the attributes of the calling thread.
+    if unsafe { libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    let (mut start, mut size) = (std::ptr::null_mut(), 0);
+    // SAFETY: the attributes are initialised; both results are written.
+    unsafe { libc::pthread_attr_getstack(attributes.as_ptr(), &mut start, &mut size) };
+    // SAFETY: initialised above, used no more.
+    unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
+    let start = start.addr() as u64;
+    // The control block and static thread-local storage lie at the top, around the pthread handle.
+    let end = (start + size as u64).max(this_thread() as u64 + 8192);
+    AddrRange::covering(start, end - start).ok()
+}

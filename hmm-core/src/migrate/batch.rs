@@ -1,0 +1,320 @@
+//! One batch: which pages it holds, what each of them is, and what becomes of it.
+
+use super::{MigrateRequest, cleared};
+use crate::addr::{AddrRange, Pfn, VirtAddr};
+use crate::arena::Buffer;
+use crate::devmem::Devmem;
+use crate::error::{Error, Result};
+use crate::flags::{MigrateFlags, MigratePfn, Select};
+use crate::limits::{BATCH_LEAVES, DEADLINE};
+use crate::mm::frames::{Block, SlotSet};
+use crate::mm::inflight::{Flight, is_candidate};
+use crate::mm::page_table::{Entry, Leaf, Place};
+use crate::mm::{Mm, Vma};
+use crate::notifier::this_thread;
+use crate::ops::OwnerId;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What a batch knows about a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Held {
+    /// Not held (any more).
+    No,
+    /// Locked; the contents are still mapped.
+    Mapped,
+    /// The contents are in its frame.
+    Taken,
+    /// There are no contents: a hole, or the zero page (which lies in its frame).
+    Empty,
+    /// The contents are on a device.
+    OnDevice,
+}
+
+/// What becomes of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Stays what it was.
+    Restore,
+    /// The claimed device page has it now.
+    ToDevice(Pfn),
+    /// Its frame has it now.
+    ToSystem,
+    /// The device lost it.
+    Lost,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Page {
+    pub(super) held: Held,
+    pub(super) fate: Fate,
+    /// The entry before it was locked.
+    pub(super) entry: Entry,
+}
+
+/// A batch under way. Dropping it puts back what it still holds.
+pub(super) struct Batch<'a> {
+    pub(super) mm: &'a Arc<Mm>,
+    pub(super) vma: &'a Vma,
+    pub(super) owner: Option<OwnerId>,
+    pub(super) range: AddrRange,
+    pub(super) flight: Arc<Flight>,
+    pub(super) pages: Buffer<Page>,
+    pub(super) blocks: [Option<Block>; BATCH_LEAVES],
+    /// Destination pages whose entry failed: back to their drivers at the end.
+    pub(super) rejected: Option<Buffer<Pfn>>,
+}
+
+impl<'a> Batch<'a> {
+    /// Locks the entries of every page that may migrate. Waits for nobody (promise 71).
+    pub(super) fn hold(
+        mm: &'a Arc<Mm>,
+        vma: &'a Vma,
+        request: &MigrateRequest,
+        range: AddrRange,
+        keep: &[Option<AddrRange>],
+    ) -> Result<Self> {
+        let no_memory = || Error::NoMemory { what: "lists of a migration" };
+        let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM };
+        let flight = Flight::new(range, this_thread()).ok_or_else(no_memory)?;
+        let mut batch = Self {
+            mm,
+            vma,
+            owner: request.owner,
+            range,
+            flight: Arc::new(flight),
+            pages: Buffer::new(range.pages(), |_| blank).ok_or_else(no_memory)?,
+            blocks: [None; BATCH_LEAVES],
+            rejected: None,
+        };
+        if !mm.inflight.add(&batch.flight, DEADLINE) {
+            let what = "64 migrations are under way and none ends";
+            return Err(Error::Busy { address: range.start(), what });
+        }
+        let stack = mm.own_stack(range);
+        for part in range.by_leaf() {
+            let blocked = batch.blocked(part, keep.iter().flatten().chain(&stack));
+            batch.hold_leaf(part, request.select, &blocked)?;
+        }
+        batch.borrow_frames();
+        Ok(batch)
+    }
+
+    /// Pages that must stay: pinned ones, the caller's arrays and stack.
+    fn blocked<'b>(
+        &self,
+        part: AddrRange,
+        keep: impl Iterator<Item = &'b AddrRange>,
+    ) -> SlotSet {
+        let mut blocked = SlotSet::default();
+        let mut block = |range: AddrRange| {
+            let Some(range) = range.intersect(part) else { return };
+            (0..range.pages()).for_each(|page| blocked.insert(range.page_at(page).index_in_leaf()));
+        };
+        keep.for_each(|range| block(*range));
+        self.mm.pins.within(part, block);
+        blocked
+    }
+
+    fn leaf(&self, address: VirtAddr) -> Result<&'a Leaf> {
+        let mm: &'a Arc<Mm> = self.mm;
+        mm.table.leaf_or_new(address).ok_or(Error::NoMemory { what: "page table leaf" })
+    }
+
+    pub(super) fn hold_leaf(
+        &mut self,
+        part: AddrRange,
+        select: Select,
+        blocked: &SlotSet,
+    ) -> Result<()> {
+        let want_system = select.contains(Select::SYSTEM) && self.vma.can_migrate();
+        let want_device = select.contains(Select::DEVICE);
+        let leaf = self.leaf(part.start())?;
+        let mut window = None;
+        let _layout = self.mm.engine.layout().hold();
+        let mut entries = leaf.lock();
+        for offset in 0..part.pages() {
+            let address = part.page_at(offset);
+            let slot = address.index_in_leaf();
+            let entry = entries[slot];
+            if blocked.contains(slot) || !is_candidate(entry, want_system, want_device) {
+                continue;
+            }
+            let held = match entry.place() {
+                Place::Device(page) if !owned_by(self.owner, page, &mut window) => continue,
+                Place::Device(_) => Held::OnDevice,
+                _ => Held::Mapped,
+            };
+            entries[slot] = entry.locked();
+            let index = self.range.index_of(address);
+            self.pages[index] = Page { held, fate: Fate::Restore, entry };
+            self.flight.hold(index);
+        }
+        Ok(())
+    }
+
+    /// One block of frames for each leaf; without one, the leaf's pages stay.
+    fn borrow_frames(&mut self) {
+        for (number, part) in self.range.by_leaf().enumerate() {
+            let (mut empty, mut full) = (SlotSet::default(), SlotSet::default());
+            for offset in 0..part.pages() {
+                let address = part.page_at(offset);
+                match self.pages[self.range.index_of(address)].held {
+                    Held::Mapped => empty.insert(address.index_in_leaf()),
+                    Held::OnDevice => full.insert(address.index_in_leaf()),
+                    _ => {}
+                }
+            }
+            if empty.is_empty() && full.is_empty() {
+                continue;
+            }
+            self.blocks[number] = self.mm.frames.borrow(&*self.mm.engine, &empty, &full);
+            for offset in 0..part.pages() {
+                let index = self.range.index_of(part.page_at(offset));
+                match (self.blocks[number], self.pages[index].held) {
+                    (None, held) if held != Held::No => self.release(index),
+                    (Some(block), Held::OnDevice) => {
+                        let slot = part.page_at(offset).index_in_leaf();
+                        self.flight.set_frame(index, block.slot(slot));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Number of the leaf (within the batch) that holds page `index`, and its slot.
+    pub(super) fn slot_of(&self, index: usize) -> (usize, usize) {
+        let address = self.range.page_at(index);
+        let first = self.range.start().leaf().get();
+        let number = (address.leaf().get() - first) / crate::addr::LEAF_SIZE;
+        (number as usize, address.index_in_leaf())
+    }
+
+    pub(super) fn frame_of(&self, index: usize) -> Option<VirtAddr> {
+        let (leaf, slot) = self.slot_of(index);
+        self.blocks[leaf].map(|block| block.slot(slot))
+    }
+
+    /// Sets the entry of a held page at the place where it is now, unlocked, and lets go of the page. False when it
+    /// is gone. The layout lock is held for reading.
+    pub(super) fn install(&mut self, index: usize, entry: Entry) -> bool {
+        self.pages[index].held = Held::No;
+        let Some(address) = self.flight.address(index) else { return false };
+        self.flight.let_go(index);
+        if let Some(leaf) = self.mm.table.leaf(address) {
+            leaf.lock()[address.index_in_leaf()] = entry.unlocked();
+            leaf.notify();
+        }
+        if address != self.range.page_at(index) {
+            self.mm.engine.wake(AddrRange::page_of(address));
+        }
+        true
+    }
+
+    /// Lets go of a page whose contents were not taken: it stays what it was.
+    pub(super) fn release(&mut self, index: usize) {
+        let _layout = self.mm.engine.layout().hold();
+        let entry = self.pages[index].entry;
+        self.install(index, entry);
+    }
+
+    /// Fills `src` for the driver.
+    pub(super) fn describe(&self, src: &mut [MigratePfn]) {
+        const BASE: MigrateFlags = MigrateFlags::MIGRATE.union(MigrateFlags::LOCKED);
+        for (index, (page, out)) in self.pages.iter().zip(src).enumerate() {
+            *out = match (page.held, page.entry.place(), self.frame_of(index)) {
+                (Held::Taken, _, Some(frame)) => {
+                    MigratePfn::new(Pfn::of_addr(frame), BASE | MigrateFlags::WRITE)
+                }
+                (Held::Empty, ..) => MigratePfn::bare(MigrateFlags::MIGRATE),
+                (Held::OnDevice, Place::Device(device), _) => {
+                    let write = if page.entry.is_writable() {
+                        MigrateFlags::WRITE
+                    } else {
+                        MigrateFlags::empty()
+                    };
+                    MigratePfn::new(device, BASE | MigrateFlags::DEVICE | write)
+                }
+                _ => MigratePfn::default(),
+            };
+        }
+    }
+
+    /// After the copy: claims the destinations. From here on `src` tells what moves (promise 62).
+    pub(super) fn decide(&mut self, src: &mut [MigratePfn], dst: &[MigratePfn]) {
+        let mut rejected = 0;
+        let mut list = Buffer::new(dst.len(), |_| Pfn::new(0));
+        for index in 0..src.len() {
+            if !src[index].migrates() {
+                continue;
+            }
+            let fate = self.fate(index, dst[index]);
+            self.pages[index].fate = fate;
+            if matches!(fate, Fate::Restore | Fate::Lost) {
+                src[index] = cleared(src[index]);
+                if let (Some(page), Some(list)) = (dst[index].pfn(), list.as_mut())
+                    && page.is_device()
+                {
+                    list[rejected] = page;
+                    rejected += 1;
+                }
+            }
+        }
+        self.rejected = list.filter(|_| rejected > 0);
+    }
+
+    fn fate(&self, index: usize, dst: MigratePfn) -> Fate {
+        let page = self.pages[index];
+        if !self.flight.is_in_place(index) {
+            return Fate::Restore;
+        }
+        match dst.pfn() {
+            Some(target) if target.is_device() => {
+                if Devmem::find(target).is_some_and(|devmem| devmem.claim(target)) {
+                    Fate::ToDevice(target)
+                } else {
+                    Fate::Restore
+                }
+            }
+            Some(target)
+                if page.held == Held::OnDevice
+                    && self.flight.frame(index).map(Pfn::of_addr) == Some(target) =>
+            {
+                Fate::ToSystem
+            }
+            None if dst.flags().contains(MigrateFlags::ERROR) && page.held == Held::OnDevice => {
+                Fate::Lost
+            }
+            _ => Fate::Restore,
+        }
+    }
+
+    /// Waits until drops of this range that were reported before they were done are surely over. Service threads
+    /// must not wait: false tells them to leave present pages alone.
+    pub(super) fn wait_for_removal(&self) -> bool {
+        while let Some(end) = self.mm.removed.busy_until(self.range) {
+            if self.mm.engine.is_service_thread() {
+                return false;
+            }
+            std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        }
+        true
+    }
+}
+
+/// Whether a device page may be collected for `owner`; `window` remembers the last device looked at.
+fn owned_by(owner: Option<OwnerId>, page: Pfn, window: &mut Option<(Pfn, Pfn, bool)>) -> bool {
+    let Some(owner) = owner else { return true };
+    if let Some((first, last, owned)) = *window
+        && first <= page
+        && page < last
+    {
+        return owned;
+    }
+    Devmem::find(page).is_some_and(|devmem| {
+        let owned = devmem.owner() == owner;
+        *window = Some((devmem.pfn_first(), devmem.pfn_last(), owned));
+        owned
+    })
+}

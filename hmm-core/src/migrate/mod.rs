@@ -1,0 +1,174 @@
+//! Migration: pages leave for a device, come home, or change devices (`migrate_vma`, hmm.txt section 6).
+//!
+//! A request is cut into batches at leaf boundaries. Each batch goes through the same phases:
+//! *hold* (lock the entries) → *invalidate* (mirrors let go) → *take* (contents into frames) → the driver's
+//! `alloc_and_copy` → *decide* (claim destinations) → the driver's `finalize_and_map` → *land* (install, unlock, wake).
+//! Whatever fails after *take* is undone: a batch that is dropped at any point puts every page back.
+
+mod batch;
+mod land;
+mod take;
+
+use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
+use crate::error::{Error, Result};
+use crate::flags::{MigrateFlags, MigratePfn, Select};
+use crate::limits::BATCH_LEAVES;
+use crate::mm::{Mm, Vma};
+use crate::notifier::this_thread;
+use crate::ops::{MigrateOps, OwnerId};
+use batch::Batch;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What to migrate (`struct migrate_vma`).
+#[derive(Debug, Clone, Copy)]
+pub struct MigrateRequest {
+    /// Pages, all in one vma.
+    pub range: AddrRange,
+    /// System pages, device pages, or both (Gen A collects both).
+    pub select: Select,
+    /// Only this owner's device pages; also told to the mirrors, so that a driver knows its own migrations.
+    pub owner: Option<OwnerId>,
+    /// The page for which a CPU fault asked. A hint, kept for the kernel's shape.
+    pub fault_page: Option<Pfn>,
+}
+
+/// What a driver's migration callbacks see: one batch of a request.
+///
+/// `src[i]` and `dst[i]` belong to the page at `range.start() + i` pages. Source pfns of system pages are *frames*: read
+/// their contents at `pfn.to_addr()` during the callbacks. Nobody else can change them (promise 61).
+#[derive(Debug)]
+pub struct MigrateBatch<'a> {
+    /// The address space.
+    pub mm: &'a Arc<Mm>,
+    /// The vma.
+    pub vma: &'a Vma,
+    /// The pages of this batch.
+    pub range: AddrRange,
+    /// What the core collected.
+    pub src: &'a [MigratePfn],
+    /// Where the driver put it; all 0 at first.
+    pub dst: &'a mut [MigratePfn],
+}
+
+impl MigrateBatch<'_> {
+    /// A destination for a device page that comes home: a frame, writable at `pfn.to_addr()` until the callbacks are
+    /// over. `None` for pages that this batch does not bring home. (`hmm_vma_alloc_locked_page`.)
+    pub fn alloc_system_page(&mut self, addr: VirtAddr) -> Option<Pfn> {
+        self.mm.alloc_system_page(addr)
+    }
+}
+
+impl Mm {
+    /// Migrates pages of one vma. Never all or nothing: each page moves or stays as it was, and `src` tells which
+    /// moved (`MIGRATE` still set). `Ok` even if none did (promise 58).
+    ///
+    /// Runs in the calling thread; the callbacks run in it too, once for each batch (32 MiB) in which at least one
+    /// page can migrate. Mirrors are invalidated before contents are copied (promise 73). Call it with no driver lock
+    /// held that an invalidation callback takes.
+    ///
+    /// # Errors
+    /// `Invalid` when the range leaves its vma, or `src`/`dst` have not one element per page; `Fault` when nothing is
+    /// mapped; `Deadlock` from a notifier callback; `Gone`. Nothing was changed then.
+    pub fn migrate(
+        self: &Arc<Self>,
+        request: &MigrateRequest,
+        ops: &mut dyn MigrateOps,
+        src: &mut [MigratePfn],
+        dst: &mut [MigratePfn],
+    ) -> Result<()> {
+        let start = request.range.start();
+        let pages = request.range.pages();
+        if src.len() != pages || dst.len() != pages {
+            return Err(Error::invalid(start.get(), "src and dst need one element per page"));
+        }
+        self.check_open()?;
+        if request.select.contains(Select::SYSTEM) {
+            self.check_not_closing()?;
+        }
+        if self.notifiers.in_callback() {
+            return Err(Error::Deadlock { what: "migration from inside a notifier callback" });
+        }
+        let vma = self.vma_covering(request.range)?;
+        src.fill(MigratePfn::default());
+        dst.fill(MigratePfn::default());
+        let mut done = 0;
+        for range in batches(request.range) {
+            let here = done..done + range.pages();
+            done = here.end;
+            let (src, dst) = (&mut src[here.clone()], &mut dst[here]);
+            self.migrate_batch(&vma, request, range, ops, src, dst)?;
+        }
+        Ok(())
+    }
+
+    fn migrate_batch(
+        self: &Arc<Self>,
+        vma: &Vma,
+        request: &MigrateRequest,
+        range: AddrRange,
+        ops: &mut dyn MigrateOps,
+        src: &mut [MigratePfn],
+        dst: &mut [MigratePfn],
+    ) -> Result<()> {
+        let keep = [memory_of(src), memory_of(dst)];
+        let mut batch = Batch::hold(self, vma, request, range, &keep)?;
+        batch.take_contents()?;
+        batch.describe(src);
+        let candidates = src.iter().filter(|page| page.migrates()).count();
+        if candidates > 0 {
+            ops.alloc_and_copy(&mut MigrateBatch { mm: self, vma, range, src, dst });
+            batch.decide(src, dst);
+            ops.finalize_and_map(&MigrateBatch { mm: self, vma, range, src, dst });
+        }
+        batch.land();
+        let moved = src.iter().filter(|page| page.migrates()).count();
+        self.stats.not_migrated.fetch_add((src.len() - moved) as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// See [`MigrateBatch::alloc_system_page`]; finds the batch by the calling thread.
+    pub fn alloc_system_page(&self, addr: VirtAddr) -> Option<Pfn> {
+        let flight = self.inflight.of_thread(this_thread(), addr)?;
+        flight.frame(flight.range.index_of(addr)).map(Pfn::of_addr)
+    }
+}
+
+/// The pages that hold an array of the caller's: they stay, or filling the array would wait for itself.
+fn memory_of(array: &[MigratePfn]) -> Option<AddrRange> {
+    AddrRange::covering(VirtAddr::from_ptr(array).get(), size_of_val(array) as u64).ok()
+}
+
+/// Cut so that each batch touches at most [`BATCH_LEAVES`] leaves.
+fn batches(range: AddrRange) -> impl Iterator<Item = AddrRange> {
+    let mut next = Some(range);
+    std::iter::from_fn(move || {
+        let rest = next?;
+        let cut = rest.start().leaf().get() + BATCH_LEAVES as u64 * LEAF_SIZE;
+        if cut >= rest.end().get() {
+            next = None;
+            return Some(rest);
+        }
+        next = Some(AddrRange::from_bounds(cut, rest.end().get()));
+        Some(AddrRange::from_bounds(rest.start().get(), cut))
+    })
+}
+
+/// Clears `MIGRATE` of an entry whose page stays.
+fn cleared(entry: MigratePfn) -> MigratePfn {
+    MigratePfn(entry.0 & !MigrateFlags::MIGRATE.bits())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_cover_the_range_and_end_at_leaf_boundaries() {
+        let range = AddrRange::new(0x1f_f000, 0x1f_f000 + 40 * LEAF_SIZE).unwrap();
+        let parts: Vec<_> = batches(range).collect();
+        assert_eq!(parts.iter().map(|part| part.pages()).sum::<usize>(), range.pages());
+        assert!(parts.iter().all(|part| part.by_leaf().count() <= BATCH_LEAVES));
+        assert_eq!(parts[1].start().leaf(), parts[1].start());
+    }
+}

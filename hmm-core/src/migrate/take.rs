@@ -1,0 +1,216 @@
+//! Taking contents out of the process: mirrors let go first, then pages move into frames.
+
+use super::batch::{Batch, Held};
+use crate::addr::AddrRange;
+use crate::engine::{Present, Stop, Watch};
+use crate::error::Result;
+use crate::flags::Select;
+use crate::limits::DEADLINE;
+use crate::mm::frames::SlotSet;
+use crate::ops::{InvalidateEvent, Invalidation};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+impl Batch<'_> {
+    /// Invalidates the mirrors, then empties the pages that the batch holds. Notifiers stay busy until that is done,
+    /// so that no device maps a page again that is about to go.
+    pub(super) fn take_contents(&mut self) -> Result<()> {
+        if self.pages.iter().all(|page| page.held == Held::No) {
+            return Ok(());
+        }
+        self.mm.stats.invalidations.fetch_add(1, Ordering::Relaxed);
+        let update = Invalidation {
+            range: self.range,
+            event: InvalidateEvent::Migrate,
+            owner: self.owner,
+        };
+        let invalidating = self.mm.notifiers.begin(update);
+        self.mm.notifiers.call(&invalidating);
+        let result = self.take_all();
+        self.mm.notifiers.end(invalidating);
+        result
+    }
+
+    fn take_all(&mut self) -> Result<()> {
+        if self.pages.iter().any(|page| page.held == Held::Mapped) && !self.wait_for_removal() {
+            self.release_present()?;
+        }
+        for (number, part) in self.range.by_leaf().enumerate() {
+            let busy = self.take_leaf(number, part);
+            if !busy.is_empty() && !self.mm.engine.is_service_thread() {
+                self.take_busy(number, part, &busy)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of held pages that are present (holes may still go).
+    fn release_present(&mut self) -> Result<()> {
+        let mut present = Vec::new();
+        self.mm.engine.scan(self.range, &mut |run, what| {
+            if what != Present::None {
+                present.push(run);
+            }
+        })?;
+        for run in present {
+            for page in 0..run.pages() {
+                let index = self.range.index_of(run.page_at(page));
+                if self.pages[index].held == Held::Mapped {
+                    self.release(index);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the mapped pages of one leaf; returns the slots of those that are shared or pinned, which it let go of.
+    fn take_leaf(&mut self, number: usize, part: AddrRange) -> SlotSet {
+        let mut busy = SlotSet::default();
+        let first = self.range.index_of(part.start());
+        let end = first + part.pages();
+        let deadline = Instant::now() + DEADLINE;
+        let mut index = first;
+        let mut taken = None;
+        while index < end {
+            let run = self.mapped_run(index, end);
+            if run == 0 {
+                index += 1;
+                continue;
+            }
+            let (done, stop) = self.take_run(index, run);
+            if done > 0 {
+                taken = Some((taken.map_or(index, |(from, _)| from), index + done));
+            }
+            index += done;
+            match stop {
+                Stop::Done => {}
+                Stop::Retry if Instant::now() < deadline => self.drain(),
+                _ if index < end => {
+                    if stop == Stop::Busy {
+                        busy.insert(self.slot_of(index).1);
+                    }
+                    if stop == Stop::Exists {
+                        self.mark_populated(number, index);
+                    }
+                    self.release(index);
+                    index += 1;
+                }
+                _ => {}
+            }
+        }
+        if let Some((from, to)) = taken {
+            self.classify(number, from, to);
+        }
+        busy
+    }
+
+    /// Pages from `index` on that are still mapped and in place.
+    fn mapped_run(&mut self, index: usize, end: usize) -> usize {
+        (index..end)
+            .take_while(|page| {
+                self.pages[*page].held == Held::Mapped && self.flight.is_in_place(*page)
+            })
+            .count()
+    }
+
+    /// One engine call. The watch is renewed under the same hold of the layout lock: a range that was unmapped and
+    /// mapped anew is not watched any more.
+    fn take_run(&mut self, index: usize, count: usize) -> (usize, Stop) {
+        let _layout = self.mm.engine.layout().hold();
+        let count = count.min(self.mapped_run(index, index + count));
+        let Some(frame) = self.frame_of(index).filter(|_| count > 0) else {
+            return (0, Stop::Refused);
+        };
+        let run = self.range.sub(index, count);
+        if self.watch_absence(run).is_err() {
+            return (0, Stop::Refused);
+        }
+        let progress = self.mm.engine.take(run, frame);
+        for page in index..index + progress.pages {
+            self.pages[page].held = Held::Taken;
+        }
+        (progress.pages, progress.stop)
+    }
+
+    fn watch_absence(&self, run: AddrRange) -> Result<()> {
+        let leaf = self.mm.table.leaf(run.start());
+        if leaf.is_some_and(|leaf| leaf.absence_watched.load(Ordering::Acquire)) {
+            return Ok(());
+        }
+        // Whole leaves: scattered registrations would cut the vma into pieces.
+        let wide = run.widen_to_leaves();
+        let range = wide.intersect(self.vma.range).unwrap_or(run);
+        self.mm.engine.watch(range, Watch::Absence)?;
+        if let Some(leaf) = leaf.filter(|leaf| range.covers(leaf.range())) {
+            leaf.absence_watched.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Layout changes wait to be applied: the calling thread does it.
+    pub(super) fn drain(&self) {
+        self.mm.stats.retries.fetch_add(1, Ordering::Relaxed);
+        self.mm.engine.drain();
+        std::thread::yield_now();
+    }
+
+    fn mark_populated(&mut self, number: usize, index: usize) {
+        let slot = self.slot_of(index).1;
+        if let Some(block) = &mut self.blocks[number] {
+            block.populated.insert(slot);
+        }
+    }
+
+    /// Which taken pages have contents: the frames of holes are empty, and the zero page is as good as a hole.
+    fn classify(&mut self, number: usize, from: usize, to: usize) {
+        let Some(block) = self.blocks[number] else { return };
+        let first = block.slot(self.slot_of(from).1).get();
+        let frames = AddrRange::from_bounds(first, first + ((to - from) as u64) * 4096);
+        let mut populated = block.populated;
+        let (pages, base) = (&mut self.pages, from);
+        let scanned = self.mm.engine.scan(frames, &mut |run, present| {
+            for page in 0..run.pages() {
+                let offset = frames.index_of(run.page_at(page));
+                let page = &mut pages[base + offset];
+                if page.held != Held::Taken {
+                    continue;
+                }
+                if matches!(present, Present::None | Present::Zero) {
+                    page.held = Held::Empty;
+                }
+                if present != Present::None {
+                    populated.insert(frames.page_at(offset).index_in_leaf());
+                }
+            }
+        });
+        if scanned.is_ok()
+            && let Some(block) = &mut self.blocks[number]
+        {
+            block.populated = populated;
+        }
+    }
+
+    /// Pages that a fork left shared can be taken once a write made them private (`MADV_POPULATE_WRITE`). What is
+    /// still busy then is pinned by somebody, and stays (promise 66).
+    fn take_busy(&mut self, number: usize, part: AddrRange, busy: &SlotSet) -> Result<()> {
+        let wanted = |index: usize, batch: &Self| busy.contains(batch.slot_of(index).1);
+        let first = self.range.index_of(part.start());
+        for index in first..first + part.pages() {
+            if wanted(index, self) {
+                let page = self.range.sub(index, 1);
+                if self.mm.engine.populate(page, true).is_err() {
+                    continue;
+                }
+            }
+        }
+        let mut others = SlotSet::default();
+        for index in first..first + part.pages() {
+            if !wanted(index, self) {
+                others.insert(self.slot_of(index).1);
+            }
+        }
+        self.hold_leaf(part, Select::SYSTEM, &others)?;
+        self.take_leaf(number, part);
+        Ok(())
+    }
+}

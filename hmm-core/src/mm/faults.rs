@@ -1,0 +1,243 @@
+//! The fault path: what happens when the CPU touches a page that is not there.
+//!
+//! Runs on the engine's service threads. A page held by a migration is left alone: whoever holds it wakes the toucher.
+//! No allocation from the process's heap, no lock that user code can hold, no logging.
+
+use super::Mm;
+use super::page_table::Place;
+use crate::addr::{AddrRange, Pfn, VirtAddr};
+use crate::devmem::Devmem;
+use crate::engine::{FaultEvent, FaultSink, MapEvent, MapTicket, Progress, Resolution, Stop};
+use crate::error::{Error, Result};
+use crate::flags::FaultFlags;
+use crate::limits::DEADLINE;
+use crate::mm::vma::Vma;
+use crate::ops::{CpuFault, FaultError};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+impl FaultSink for Mm {
+    fn on_fault(&self, fault: FaultEvent) -> Resolution {
+        self.stats.cpu_faults.fetch_add(1, Ordering::Relaxed);
+        if fault.from_service_thread {
+            self.stats.self_faults.fetch_add(1, Ordering::Relaxed);
+        }
+        match self.look(fault) {
+            Look::Device(page) => {
+                self.stats.device_faults.fetch_add(1, Ordering::Relaxed);
+                self.serve_device_fault(fault, page)
+            }
+            Look::Parked => {
+                self.stats.parked_faults.fetch_add(1, Ordering::Relaxed);
+                Resolution::Resolved
+            }
+            Look::Answered(resolution) => resolution,
+        }
+    }
+
+    fn on_map_event(&self, event: MapEvent) -> MapTicket {
+        self.apply_map_event(event)
+    }
+
+    fn finish_map_event(&self, ticket: MapTicket) {
+        self.complete_map_event(ticket);
+    }
+
+    fn on_own_memory(&self, range: AddrRange) {
+        // A full pin table would leave this range unprotected; there is room for 4096.
+        let _ = self.pins.insert(range);
+    }
+}
+
+enum Look {
+    /// The page is on a device; a reference is held.
+    Device(Pfn),
+    /// A migration holds it.
+    Parked,
+    /// Done under the leaf's lock.
+    Answered(Resolution),
+}
+
+impl Mm {
+    /// Decides from the *current* state of the page, never from the message. Zero fill happens under the leaf's lock,
+    /// so that no migration can take the page in between.
+    fn look(&self, fault: FaultEvent) -> Look {
+        let layout = self.engine.layout().hold();
+        let Some(leaf) = self.table.leaf_or_new(fault.addr) else {
+            return Look::Answered(Resolution::Resolved);
+        };
+        let entries = leaf.lock();
+        let entry = entries[fault.addr.index_in_leaf()];
+        if entry.is_locked() {
+            return Look::Parked;
+        }
+        match entry.place() {
+            Place::Device(page) => {
+                // The entry's own reference keeps the page alive while the lock is held.
+                if Devmem::find(page).is_some_and(|devmem| devmem.get(page)) {
+                    return Look::Device(page);
+                }
+                drop((entries, layout));
+                self.lose(fault.addr);
+                Look::Answered(Resolution::Resolved)
+            }
+            Place::Poisoned => {
+                self.engine.poison(fault.addr);
+                self.engine.wake(AddrRange::page_of(fault.addr));
+                Look::Answered(Resolution::Resolved)
+            }
+            Place::System => {
+                self.stats.zero_faults.fetch_add(1, Ordering::Relaxed);
+                let progress = self.engine.zero(fault.addr, fault.write);
+                drop((entries, layout));
+                Look::Answered(self.after_zero(fault.addr, progress))
+            }
+        }
+    }
+
+    fn after_zero(&self, addr: VirtAddr, progress: Progress) -> Resolution {
+        match progress.stop {
+            Stop::Done => Resolution::Resolved,
+            Stop::Retry | Stop::NoMemory => Resolution::Retry,
+            Stop::Exists | Stop::Busy | Stop::Refused => {
+                // It is there already, or the mapping is gone: the access itself finds out.
+                self.engine.wake(AddrRange::page_of(addr));
+                Resolution::Resolved
+            }
+        }
+    }
+
+    fn serve_device_fault(&self, fault: FaultEvent, page: Pfn) -> Resolution {
+        let flags = if fault.write { FaultFlags::WRITE } else { FaultFlags::empty() };
+        match self.call_fault(fault.addr, page, flags) {
+            Ok(()) => {}
+            Err(FaultError::SigBus) => {
+                self.lose_if_still(fault.addr, page);
+                return Resolution::Resolved;
+            }
+            Err(FaultError::OutOfMemory) => return Resolution::Retry,
+        }
+        match self.table.entry(fault.addr) {
+            entry if entry.is_locked() => Resolution::Resolved,
+            entry if entry.place() == Place::Device(page) => Resolution::Retry,
+            _ => {
+                self.engine.wake(AddrRange::page_of(fault.addr));
+                Resolution::Resolved
+            }
+        }
+    }
+
+    /// Calls the driver's `fault`; consumes the caller's reference on the page. No lock is held.
+    fn call_fault(
+        &self,
+        addr: VirtAddr,
+        page: Pfn,
+        flags: FaultFlags,
+    ) -> std::result::Result<(), FaultError> {
+        let Some(devmem) = Devmem::find(page) else { return Err(FaultError::SigBus) };
+        let result = match (self.arc(), self.engine.mapping_at(addr)) {
+            (Some(mm), Ok(Some(mapping))) if mapping.range.contains(addr) => {
+                let vma = Vma::from_mapping(&mapping);
+                devmem.ops().fault(&devmem, &CpuFault { mm: &mm, vma, addr, page, flags })
+            }
+            // Unmapped meanwhile: the event drops the page.
+            _ => Ok(()),
+        };
+        devmem.put(page);
+        result
+    }
+
+    /// The device lost the page: a touch gets SIGBUS, never zeros.
+    pub(crate) fn lose(&self, addr: VirtAddr) {
+        let layout = self.engine.layout().hold();
+        if let Some(leaf) = self.table.leaf(addr) {
+            leaf.lock()[addr.index_in_leaf()] = super::page_table::Entry::POISON;
+            leaf.notify();
+        }
+        self.stats.poisoned.fetch_add(1, Ordering::Relaxed);
+        self.engine.poison(addr);
+        self.engine.wake(AddrRange::page_of(addr));
+        drop(layout);
+    }
+
+    fn lose_if_still(&self, addr: VirtAddr, page: Pfn) {
+        let entry = self.table.entry(addr);
+        if entry.place() == Place::Device(page) && !entry.is_locked() {
+            self.lose(addr);
+            self.stats.device_pages.fetch_sub(1, Ordering::Relaxed);
+            if let Some(devmem) = Devmem::find(page) {
+                devmem.put(page);
+            }
+        }
+    }
+
+    /// Brings the device pages of a range home, in the calling thread; waits for migrations that hold some of them.
+    /// Returns how many were on a device.
+    pub(crate) fn bring_home(&self, range: AddrRange) -> Result<usize> {
+        self.bring_home_matching(range, &|_| true)
+    }
+
+    /// Every device page of this mm comes home (of one device's window, if one is named).
+    pub(crate) fn bring_all_home(&self, only: Option<&Devmem>) -> Result<usize> {
+        let everything = AddrRange::new(0, crate::addr::USER_END)?;
+        self.bring_home_matching(everything, &|page| {
+            only.is_none_or(|devmem| devmem.pfn_first() <= page && page < devmem.pfn_last())
+        })
+    }
+
+    fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
+        let deadline = Instant::now() + DEADLINE;
+        let mut count = 0;
+        for leaf in self.table.leaves(range) {
+            for addr in super::layout::pages_of(leaf, range) {
+                let mut counted = false;
+                // `None`: the page is not (any more) on a device.
+                while let Some(page) = self.page_to_bring(leaf, addr, wanted, deadline)? {
+                    count += usize::from(!std::mem::replace(&mut counted, true));
+                    match self.call_fault(addr, page, FaultFlags::REMOTE) {
+                        Ok(()) => {}
+                        Err(FaultError::SigBus) => {
+                            self.lose_if_still(addr, page);
+                            return Err(Error::Lost { address: addr, what: "device cannot return it" });
+                        }
+                        Err(FaultError::OutOfMemory) => std::thread::sleep(Duration::from_millis(1)),
+                    }
+                    if Instant::now() >= deadline {
+                        let what = "the device's fault callback does not bring the page home";
+                        return Err(Error::Busy { address: addr, what });
+                    }
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    /// The device page at an address, with a reference taken. Waits while a migration holds it.
+    fn page_to_bring(
+        &self,
+        leaf: &super::page_table::Leaf,
+        addr: VirtAddr,
+        wanted: &dyn Fn(Pfn) -> bool,
+        deadline: Instant,
+    ) -> Result<Option<Pfn>> {
+        let mut entries = leaf.lock();
+        loop {
+            let entry = entries[addr.index_in_leaf()];
+            if !entry.is_locked() {
+                let Place::Device(page) = entry.place() else { return Ok(None) };
+                let found = wanted(page) && Devmem::find(page).is_some_and(|one| one.get(page));
+                return Ok(found.then_some(page));
+            }
+            if self.engine.is_service_thread() {
+                let what = "a callback waits for a page that a migration holds";
+                return Err(Error::Deadlock { what });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let what = "a migration holds the page for longer than the deadline";
+                return Err(Error::Busy { address: addr, what });
+            }
+            entries = leaf.wait(entries, left);
+        }
+    }
+}

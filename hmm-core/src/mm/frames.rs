@@ -1,0 +1,228 @@
+//! Frames: pages of a staging area that hold contents while no vma maps them. Recycled, never allocated on the hot
+//! path, bounded.
+//!
+//! The area is cut into blocks of 2 MiB. A migration borrows one block for each leaf it touches and uses slot `i` for
+//! the leaf's page `i`, so that whole huge pages stay aligned on both sides. A slot is *populated* (it has a page) or
+//! empty; taking pages out of a vma needs empty slots, giving pages needs populated ones.
+
+use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SIZE, VirtAddr};
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::limits::{FRAME_BLOCKS, IDLE_BLOCKS};
+use crate::sync::Mutex;
+
+const WORDS: usize = LEAF_PAGES / 64;
+
+/// A set of slots of one block, or of pages of one leaf.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct SlotSet([u64; WORDS]);
+
+impl SlotSet {
+    pub(crate) fn insert(&mut self, slot: usize) {
+        self.0[slot / 64] |= 1 << (slot % 64);
+    }
+    pub(crate) fn remove(&mut self, slot: usize) {
+        self.0[slot / 64] &= !(1 << (slot % 64));
+    }
+    pub(crate) fn contains(&self, slot: usize) -> bool {
+        self.0[slot / 64] & (1 << (slot % 64)) != 0
+    }
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+    fn overlaps(&self, other: &Self) -> bool {
+        self.0.iter().zip(&other.0).any(|(a, b)| a & b != 0)
+    }
+    /// How many of `wanted` are missing here.
+    fn missing(&self, wanted: &Self) -> u32 {
+        self.0.iter().zip(&wanted.0).map(|(have, want)| (want & !have).count_ones()).sum()
+    }
+    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..LEAF_PAGES).filter(|slot| self.contains(*slot))
+    }
+}
+
+/// A borrowed block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Block {
+    number: u16,
+    /// Address of slot 0.
+    pub(crate) base: VirtAddr,
+    /// Which slots have a page.
+    pub(crate) populated: SlotSet,
+}
+
+impl Block {
+    pub(crate) fn slot(&self, index: usize) -> VirtAddr {
+        self.base.plus_pages(index)
+    }
+}
+
+#[derive(Debug)]
+struct Pool {
+    populated: [SlotSet; FRAME_BLOCKS],
+    /// Blocks that nobody borrows, most recently used last.
+    idle: [u16; FRAME_BLOCKS],
+    idle_count: usize,
+    /// Blocks from here on were never used.
+    untouched: u16,
+}
+
+/// The frames of one mm.
+#[derive(Debug)]
+pub(crate) struct Frames {
+    area: AddrRange,
+    pool: Mutex<Pool>,
+}
+
+impl Pool {
+    /// Position in `idle` of the best block: no slot of `empty` populated, fewest slots of `full` to fill.
+    fn best(&self, empty: &SlotSet, full: &SlotSet) -> Option<usize> {
+        let mut best = None;
+        for at in (0..self.idle_count).rev() {
+            let populated = &self.populated[usize::from(self.idle[at])];
+            if populated.overlaps(empty) {
+                continue;
+            }
+            let cost = populated.missing(full);
+            if cost == 0 {
+                return Some(at);
+            }
+            if best.is_none_or(|(_, least)| cost < least) {
+                best = Some((at, cost));
+            }
+        }
+        best.map(|(at, _)| at)
+    }
+
+    fn remove(&mut self, at: usize) -> u16 {
+        let number = self.idle[at];
+        self.idle.copy_within(at + 1..self.idle_count, at);
+        self.idle_count -= 1;
+        number
+    }
+
+    fn push(&mut self, number: u16) {
+        self.idle[self.idle_count] = number;
+        self.idle_count += 1;
+    }
+
+    fn fresh(&mut self) -> Option<u16> {
+        let number = self.untouched;
+        (usize::from(number) < FRAME_BLOCKS).then(|| {
+            self.untouched += 1;
+            number
+        })
+    }
+
+    /// The longest idle block with memory, if more of them are idle than may be.
+    fn surplus(&mut self, allowed: usize) -> Option<u16> {
+        let with_memory = |pool: &Self, at: usize| !pool.populated[usize::from(pool.idle[at])].is_empty();
+        let count = (0..self.idle_count).filter(|at| with_memory(self, *at)).count();
+        if count <= allowed {
+            return None;
+        }
+        let oldest = (0..self.idle_count).find(|at| with_memory(self, *at))?;
+        Some(self.remove(oldest))
+    }
+}
+
+impl Frames {
+    pub(crate) fn new(engine: &dyn Engine) -> Result<Self> {
+        let area = engine.reserve_frames(FRAME_BLOCKS as u64 * LEAF_SIZE)?;
+        let pool = Pool {
+            populated: [SlotSet::default(); FRAME_BLOCKS],
+            idle: [0; FRAME_BLOCKS],
+            idle_count: 0,
+            untouched: 0,
+        };
+        Ok(Self { area, pool: Mutex::new(pool) })
+    }
+
+    pub(crate) fn area(&self) -> AddrRange {
+        self.area
+    }
+
+    fn block(&self, number: u16) -> AddrRange {
+        self.area.sub(usize::from(number) * LEAF_PAGES, LEAF_PAGES)
+    }
+
+    /// Borrows a block in which the slots of `empty` are empty and those of `full` are populated.
+    pub(crate) fn borrow(
+        &self,
+        engine: &dyn Engine,
+        empty: &SlotSet,
+        full: &SlotSet,
+    ) -> Option<Block> {
+        let mut pool = self.pool.lock();
+        let number = match pool.best(empty, full) {
+            Some(at) => pool.remove(at),
+            None => match pool.fresh() {
+                Some(number) => number,
+                None if engine.is_service_thread() => return None,
+                None => {
+                    // Every block is populated where it must not be: free the oldest one's memory.
+                    let number = pool.surplus(0)?;
+                    pool.populated[usize::from(number)] = SlotSet::default();
+                    drop(pool);
+                    engine.empty_frames(self.block(number));
+                    pool = self.pool.lock();
+                    number
+                }
+            },
+        };
+        let populated = pool.populated[usize::from(number)];
+        drop(pool);
+        let mut block = Block { number, base: self.block(number).start(), populated };
+        for slot in full.iter() {
+            if !block.populated.contains(slot) {
+                if !engine.fill_frame(block.slot(slot)) {
+                    self.give_back(engine, &block);
+                    return None;
+                }
+                block.populated.insert(slot);
+            }
+        }
+        Some(block)
+    }
+
+    /// Returns a block with what `block.populated` says about it, and frees memory above the bound.
+    pub(crate) fn give_back(&self, engine: &dyn Engine, block: &Block) {
+        let mut pool = self.pool.lock();
+        pool.populated[usize::from(block.number)] = block.populated;
+        pool.push(block.number);
+        if engine.is_service_thread() {
+            // It reads the events that freeing raises; the next ordinary thread does it.
+            return;
+        }
+        while let Some(number) = pool.surplus(IDLE_BLOCKS) {
+            pool.populated[usize::from(number)] = SlotSet::default();
+            drop(pool);
+            engine.empty_frames(self.block(number));
+            pool = self.pool.lock();
+            pool.push(number);
+        }
+    }
+}
+
+const _: () = assert!(FRAME_BLOCKS <= u16::MAX as usize && LEAF_PAGES * PAGE_SIZE == 2 << 20);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(slots: std::ops::Range<usize>) -> SlotSet {
+        let mut set = SlotSet::default();
+        slots.for_each(|slot| set.insert(slot));
+        set
+    }
+
+    #[test]
+    fn slot_sets_count_what_is_missing() {
+        let have = set(10..100);
+        assert_eq!(have.missing(&set(90..110)), 10);
+        assert!(have.overlaps(&set(99..300)));
+        assert!(!have.overlaps(&set(100..300)));
+        assert_eq!(set(60..70).iter().collect::<Vec<_>>(), (60..70).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,161 @@
+//! Migrations in flight: where each page of them is now, so that a layout change can redirect or drop it.
+//!
+//! A migration holds pages by the `LOCKED` bit of their entries. If the process unmaps or moves such a page meanwhile,
+//! the event changes the page's slot here (with the layout lock held for writing), and the migration finds out when it
+//! commits (with the layout lock held for reading).
+
+use super::page_table::{Entry, Place};
+use crate::addr::{AddrRange, VirtAddr};
+use crate::arena::Buffer;
+use crate::limits::MIGRATIONS;
+use crate::sync::{Condvar, Mutex};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// The pages of one migration batch.
+pub(crate) struct Flight {
+    /// The addresses as the migration was asked for them.
+    pub(crate) range: AddrRange,
+    /// The calling thread.
+    pub(crate) thread: usize,
+    pages: Buffer<PageInFlight>,
+    /// Some page is no longer where it was: look at all of them.
+    moved: AtomicBool,
+}
+
+/// One page of a migration.
+struct PageInFlight {
+    /// Where it is mapped now; 0: the migration does not hold it (any more).
+    address: AtomicU64,
+    /// The populated frame that waits for its contents, when it comes home from a device; else 0.
+    frame: AtomicU64,
+}
+
+impl Flight {
+    pub(crate) fn new(range: AddrRange, thread: usize) -> Option<Self> {
+        let pages = Buffer::new(range.pages(), |_| PageInFlight {
+            address: AtomicU64::new(0),
+            frame: AtomicU64::new(0),
+        })?;
+        Some(Self { range, thread, pages, moved: AtomicBool::new(false) })
+    }
+
+    /// Where page `index` is now, if the migration still holds it.
+    pub(crate) fn address(&self, index: usize) -> Option<VirtAddr> {
+        match self.pages[index].address.load(Ordering::Acquire) {
+            0 => None,
+            address => Some(VirtAddr::new(address)),
+        }
+    }
+
+    /// Whether page `index` is held, and still where the migration was asked for it.
+    pub(crate) fn is_in_place(&self, index: usize) -> bool {
+        self.address(index) == Some(self.range.page_at(index))
+    }
+
+    pub(crate) fn hold(&self, index: usize) {
+        self.pages[index].address.store(self.range.page_at(index).get(), Ordering::Release);
+    }
+
+    pub(crate) fn let_go(&self, index: usize) {
+        self.pages[index].address.store(0, Ordering::Release);
+    }
+
+    pub(crate) fn set_frame(&self, index: usize, frame: VirtAddr) {
+        self.pages[index].frame.store(frame.get(), Ordering::Release);
+    }
+
+    /// The frame for a page that comes home.
+    pub(crate) fn frame(&self, index: usize) -> Option<VirtAddr> {
+        match self.pages[index].frame.load(Ordering::Acquire) {
+            0 => None,
+            frame => Some(VirtAddr::new(frame)),
+        }
+    }
+
+    fn redirect(&self, from: AddrRange, to: Option<VirtAddr>) {
+        if !self.moved.load(Ordering::Acquire) && !self.range.overlaps(from) {
+            return;
+        }
+        for page in self.pages.iter() {
+            let address = VirtAddr::new(page.address.load(Ordering::Acquire));
+            if address.get() != 0 && from.contains(address) {
+                let offset = address.get() - from.start().get();
+                page.address.store(to.map_or(0, |to| to.get() + offset), Ordering::Release);
+                self.moved.store(true, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// All migrations of one mm.
+pub(crate) struct InFlight {
+    flights: Mutex<[Option<Arc<Flight>>; MIGRATIONS]>,
+    landed: Condvar,
+}
+
+impl InFlight {
+    pub(crate) fn new() -> Self {
+        Self { flights: Mutex::new([const { None }; MIGRATIONS]), landed: Condvar::new() }
+    }
+
+    /// Registers a migration; waits for a place at most so long. False when none came free.
+    pub(crate) fn add(&self, flight: &Arc<Flight>, time: Duration) -> bool {
+        let mut flights = self.flights.lock();
+        for _ in 0..2 {
+            if let Some(place) = flights.iter_mut().find(|place| place.is_none()) {
+                *place = Some(Arc::clone(flight));
+                return true;
+            }
+            flights = self.landed.wait_for(flights, time);
+        }
+        false
+    }
+
+    pub(crate) fn remove(&self, flight: &Arc<Flight>) {
+        let mut flights = self.flights.lock();
+        for place in flights.iter_mut() {
+            if place.as_ref().is_some_and(|one| Arc::ptr_eq(one, flight)) {
+                *place = None;
+            }
+        }
+        self.landed.notify_all();
+    }
+
+    /// Whether no migration is under way.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.flights.lock().iter().all(Option::is_none)
+    }
+
+    /// Pages in `from` are gone (`to` is none) or are mapped from `to` on. Layout lock held for writing.
+    pub(crate) fn redirect(&self, from: AddrRange, to: Option<VirtAddr>) {
+        for flight in self.flights.lock().iter().flatten() {
+            flight.redirect(from, to);
+        }
+    }
+
+    /// The flight that the calling thread has under way and that covers an address.
+    pub(crate) fn of_thread(&self, thread: usize, address: VirtAddr) -> Option<Arc<Flight>> {
+        let flights = self.flights.lock();
+        let mut mine = flights.iter().flatten().filter(|one| one.thread == thread);
+        mine.find(|one| one.range.contains(address)).cloned()
+    }
+}
+
+impl fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("InFlight")
+    }
+}
+
+/// What a migration may do with a page, seen under its leaf's lock.
+pub(crate) fn is_candidate(entry: Entry, want_system: bool, want_device: bool) -> bool {
+    !entry.is_locked()
+        && match entry.place() {
+            Place::System => want_system,
+            Place::Device(_) => want_device,
+            Place::Poisoned => false,
+        }
+}

@@ -1,0 +1,256 @@
+//! The library's own page table, sparse, beside the kernel's: what the kernel does not know about a page.
+//!
+//! A page with no entry is a system page: the kernel has it, or it is a hole. Leaves of 512 entries have a lock each.
+//! Leaves are made on demand and live as long as the table, so that a look-up is two loads.
+
+use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, Pfn, USER_END, VirtAddr};
+use crate::arena::{self, Buffer};
+use crate::sync::{Condvar, Mutex, MutexGuard};
+use std::fmt;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::time::Duration;
+
+const FANOUT_SHIFT: u32 = 13;
+const FANOUT: usize = 1 << FANOUT_SHIFT;
+const LEAVES: u64 = USER_END / LEAF_SIZE;
+
+/// Where a page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The kernel has it (or nobody has).
+    System,
+    /// On a device.
+    Device(Pfn),
+    /// Lost by its device.
+    Poisoned,
+}
+
+/// One entry: a place, whether the page was writable, and whether a migration holds it.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Entry(u64);
+
+impl Entry {
+    const KIND: u64 = 0b111;
+    const DEVICE: u64 = 1;
+    const POISONED: u64 = 2;
+    const LOCKED: u64 = 1 << 3;
+    const WRITE: u64 = 1 << 4;
+    const PFN_SHIFT: u32 = 8;
+
+    pub(crate) const SYSTEM: Self = Self(0);
+    pub(crate) const POISON: Self = Self(Self::POISONED);
+
+    pub(crate) fn device(page: Pfn, write: bool) -> Self {
+        Self((page.get() << Self::PFN_SHIFT) | Self::DEVICE | if write { Self::WRITE } else { 0 })
+    }
+    pub(crate) fn place(self) -> Place {
+        match self.0 & Self::KIND {
+            Self::DEVICE => Place::Device(Pfn::new(self.0 >> Self::PFN_SHIFT)),
+            Self::POISONED => Place::Poisoned,
+            _ => Place::System,
+        }
+    }
+    pub(crate) fn is_locked(self) -> bool {
+        self.0 & Self::LOCKED != 0
+    }
+    pub(crate) fn is_writable(self) -> bool {
+        self.0 & Self::WRITE != 0
+    }
+    pub(crate) fn locked(self) -> Self {
+        Self(self.0 | Self::LOCKED)
+    }
+    pub(crate) fn unlocked(self) -> Self {
+        Self(self.0 & !Self::LOCKED)
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}{}", self.place(), if self.is_locked() { " locked" } else { "" })
+    }
+}
+
+/// 512 entries under one lock, like a PTE page.
+pub(crate) struct Leaf {
+    base: VirtAddr,
+    entries: Mutex<[Entry; LEAF_PAGES]>,
+    unlocked: Condvar,
+    /// The whole leaf's absence is watched; an unmap of any part takes it back.
+    pub(crate) absence_watched: AtomicBool,
+}
+
+impl Leaf {
+    fn new(base: VirtAddr) -> Self {
+        Self {
+            base,
+            entries: Mutex::new([Entry::SYSTEM; LEAF_PAGES]),
+            unlocked: Condvar::new(),
+            absence_watched: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, [Entry; LEAF_PAGES]> {
+        self.entries.lock()
+    }
+
+    /// Lets go of the lock until some entry was unlocked, or the time is over.
+    pub(crate) fn wait<'a>(
+        &self,
+        guard: MutexGuard<'a, [Entry; LEAF_PAGES]>,
+        time: Duration,
+    ) -> MutexGuard<'a, [Entry; LEAF_PAGES]> {
+        self.unlocked.wait_for(guard, time)
+    }
+
+    /// After entries were unlocked.
+    pub(crate) fn notify(&self) {
+        self.unlocked.notify_all();
+    }
+
+    pub(crate) fn range(&self) -> AddrRange {
+        AddrRange::from_bounds(self.base.get(), self.base.get() + LEAF_SIZE)
+    }
+}
+
+type Directory = Buffer<AtomicPtr<Leaf>>;
+
+/// Two levels of directories over leaves.
+pub(crate) struct PageTable {
+    root: Buffer<AtomicPtr<Directory>>,
+}
+
+fn empty_level<T>() -> Option<Buffer<AtomicPtr<T>>> {
+    Buffer::new(FANOUT, |_| AtomicPtr::new(ptr::null_mut()))
+}
+
+/// Follows a slot, filling it with what `make` gives if it is empty. `None` when memory is short.
+fn get_or_make<T>(slot: &AtomicPtr<T>, make: impl FnOnce() -> Option<T>) -> Option<&T> {
+    let mut found = slot.load(Ordering::Acquire);
+    if found.is_null() {
+        let fresh = arena::put(make()?)?;
+        let raw = fresh.as_ptr();
+        match slot.compare_exchange(ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => found = raw,
+            Err(other) => {
+                // SAFETY: `fresh` lost the race: nobody else has seen it.
+                unsafe { arena::remove(fresh) };
+                found = other;
+            }
+        }
+    }
+    // SAFETY: non-null slots hold nodes that live until the table is dropped, which needs `&mut` to it.
+    Some(unsafe { &*found })
+}
+
+fn remove_node<T>(slot: &mut AtomicPtr<T>) {
+    if let Some(node) = NonNull::new(*slot.get_mut()) {
+        *slot.get_mut() = ptr::null_mut();
+        // SAFETY: `&mut` to the slot: nobody else looks at the table, and its nodes came from `put`.
+        unsafe { arena::remove(node) };
+    }
+}
+
+impl PageTable {
+    pub(crate) fn new() -> Option<Self> {
+        Some(Self { root: empty_level()? })
+    }
+
+    fn leaf_number(address: VirtAddr) -> Option<usize> {
+        let number = address.get() / LEAF_SIZE;
+        (number < LEAVES).then_some(number as usize)
+    }
+
+    /// The leaf that covers an address, if anything was ever recorded in it.
+    pub(crate) fn leaf(&self, address: VirtAddr) -> Option<&Leaf> {
+        let number = Self::leaf_number(address)?;
+        let directory = self.root.get(number >> FANOUT_SHIFT)?.load(Ordering::Acquire);
+        // SAFETY: non-null slots hold nodes that live until the table is dropped.
+        let directory = unsafe { directory.as_ref() }?;
+        let leaf = directory.get(number & (FANOUT - 1))?.load(Ordering::Acquire);
+        // SAFETY: as above.
+        unsafe { leaf.as_ref() }
+    }
+
+    /// The leaf that covers an address, made if need be. `None` above the user address space or without memory.
+    pub(crate) fn leaf_or_new(&self, address: VirtAddr) -> Option<&Leaf> {
+        let number = Self::leaf_number(address)?;
+        let directory = get_or_make(self.root.get(number >> FANOUT_SHIFT)?, empty_level)?;
+        get_or_make(directory.get(number & (FANOUT - 1))?, || Some(Leaf::new(address.leaf())))
+    }
+
+    /// Every leaf that overlaps a range, in rising order.
+    pub(crate) fn leaves(&self, range: AddrRange) -> impl Iterator<Item = &Leaf> {
+        let last = (range.end().get() - 1) / LEAF_SIZE;
+        let mut number = range.start().get() / LEAF_SIZE;
+        std::iter::from_fn(move || {
+            while number <= last {
+                let here = number as usize;
+                let directory = self.root.get(here >> FANOUT_SHIFT)?.load(Ordering::Acquire);
+                // SAFETY: non-null slots hold nodes that live until the table is dropped.
+                let Some(directory) = (unsafe { directory.as_ref() }) else {
+                    number = ((number >> FANOUT_SHIFT) + 1) << FANOUT_SHIFT;
+                    continue;
+                };
+                number += 1;
+                let leaf = directory.get(here & (FANOUT - 1))?.load(Ordering::Acquire);
+                // SAFETY: as above.
+                if let Some(leaf) = unsafe { leaf.as_ref() } {
+                    return Some(leaf);
+                }
+            }
+            None
+        })
+    }
+
+    /// The entry of one page.
+    pub(crate) fn entry(&self, address: VirtAddr) -> Entry {
+        self.leaf(address).map_or(Entry::SYSTEM, |leaf| leaf.lock()[address.index_in_leaf()])
+    }
+}
+
+impl Drop for PageTable {
+    fn drop(&mut self) {
+        for slot in self.root.iter_mut() {
+            // SAFETY: `&mut self`: nobody else looks at the table.
+            if let Some(directory) = unsafe { slot.get_mut().as_mut() } {
+                directory.iter_mut().for_each(remove_node);
+            }
+            remove_node(slot);
+        }
+    }
+}
+
+impl fmt::Debug for PageTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PageTable")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leaves_are_made_once_and_found_in_order() {
+        let table = PageTable::new().unwrap();
+        assert!(table.leaf(VirtAddr::new(0x40_0000)).is_none());
+        for address in [0x7f00_0000_0000_u64, 0x40_0000, 0x60_0000] {
+            let leaf = table.leaf_or_new(VirtAddr::new(address)).unwrap();
+            assert!(leaf.range().contains(VirtAddr::new(address)));
+        }
+        let all = AddrRange::new(0x1000, USER_END).unwrap();
+        let bases: Vec<_> = table.leaves(all).map(|leaf| leaf.range().start().get()).collect();
+        assert_eq!(bases, [0x40_0000, 0x60_0000, 0x7f00_0000_0000]);
+        assert!(table.leaf_or_new(VirtAddr::new(USER_END)).is_none());
+    }
+
+    #[test]
+    fn entries_keep_place_and_lock_apart() {
+        let page = Pfn::new(Pfn::DEVICE_BASE + 77);
+        let entry = Entry::device(page, true).locked();
+        assert!(entry.is_locked() && entry.is_writable());
+        assert_eq!(entry.unlocked().place(), Place::Device(page));
+        assert_eq!(entry.unlocked(), Entry::device(page, true));
+    }
+}

@@ -1,0 +1,185 @@
+//! Looking at a range for a device: snapshot, and fault in what is missing (hmm.txt section 4, `hmm_range_fault`).
+//!
+//! The caller follows the range with a [`crate::RangeTracker`] or a [`crate::Notifier`]: number, look, own lock, number
+//! again. The result means nothing if the number changed.
+
+use crate::addr::{AddrRange, Pfn, VirtAddr};
+use crate::devmem::Devmem;
+use crate::engine::{Present, VmaKind, Watch};
+use crate::error::{Error, Result};
+use crate::flags::{PfnEntry, PfnFlags, Protection};
+use crate::limits::RANGE_DEADLINE;
+use crate::mm::page_table::{Entry, Place};
+use crate::mm::{Mm, Vma};
+use crate::ops::OwnerId;
+use std::time::{Duration, Instant};
+
+/// What to look at.
+#[derive(Debug, Clone, Copy)]
+pub struct RangeRequest {
+    /// Pages, all in one vma.
+    pub range: AddrRange,
+    /// `Some`: only this device's own pages are reported; pages of others count as absent, and a fault brings them
+    /// home. `None`: pages of every device are reported (Gen A).
+    pub owner: Option<OwnerId>,
+}
+
+/// How the device wants to use the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and write.
+    Write,
+}
+
+impl Mm {
+    /// Reports what is present, without changing anything (`hmm_vma_get_pfns`, promise 26).
+    ///
+    /// # Errors
+    /// `Invalid` for a wrong array length, a range that leaves its vma, or a special vma (every entry is `SPECIAL`
+    /// then); `Fault` when nothing is mapped; `Permission` when the vma is not readable (entries 0).
+    pub fn snapshot(&self, request: &RangeRequest, pfns: &mut [PfnEntry]) -> Result<()> {
+        let vma = self.prepare_look(request, pfns)?;
+        self.look_at_range(request, &vma, pfns)
+    }
+
+    /// As [`Mm::snapshot`], but makes what is missing present first, through the ordinary fault path (promises 27, 28).
+    /// Own device pages are accepted as they are. Must not be called from callbacks or under a lock that they take.
+    ///
+    /// # Errors
+    /// As for `snapshot`; `Permission` for a write to a vma that is not writable (promise 29); `Fault` when a page
+    /// cannot be had (its entry is `ERROR`); `Busy` when the range kept changing for a second.
+    pub fn range_fault(
+        &self,
+        request: &RangeRequest,
+        access: Access,
+        pfns: &mut [PfnEntry],
+    ) -> Result<()> {
+        let deadline = Instant::now() + RANGE_DEADLINE;
+        loop {
+            let vma = self.prepare_look(request, pfns)?;
+            let address = request.range.start();
+            if access == Access::Write && !vma.protection.contains(Protection::WRITE) {
+                pfns.fill(PfnEntry::default());
+                return Err(Error::Permission { address, what: "the vma is not writable" });
+            }
+            self.look_at_range(request, &vma, pfns)?;
+            let Some(missing) = first_missing(request.range, access, pfns) else { return Ok(()) };
+            if Instant::now() >= deadline {
+                return Err(Error::Busy { address: missing.start(), what: "range keeps changing" });
+            }
+            self.make_usable(missing, access).inspect_err(|_| {
+                pfns[request.range.index_of(missing.start())] = PfnEntry::bare(PfnFlags::ERROR);
+            })?;
+        }
+    }
+
+    fn prepare_look(&self, request: &RangeRequest, pfns: &mut [PfnEntry]) -> Result<Vma> {
+        let address = request.range.start();
+        if pfns.len() != request.range.pages() {
+            return Err(Error::invalid(address.get(), "pfns needs one element per page"));
+        }
+        let vma = self.vma_covering(request.range)?;
+        if matches!(vma.kind, VmaKind::Special | VmaKind::Huge) {
+            pfns.fill(PfnEntry::bare(PfnFlags::SPECIAL));
+            return Err(Error::invalid(address.get(), "special and hugetlb vmas are not mirrored"));
+        }
+        if !vma.protection.contains(Protection::READ) {
+            pfns.fill(PfnEntry::default());
+            return Err(Error::Permission { address, what: "the vma is not readable" });
+        }
+        let wide = request.range.widen_to_leaves();
+        self.engine.watch(wide.intersect(vma.range).unwrap_or(request.range), Watch::Changes)?;
+        Ok(vma)
+    }
+
+    fn look_at_range(
+        &self,
+        request: &RangeRequest,
+        vma: &Vma,
+        pfns: &mut [PfnEntry],
+    ) -> Result<()> {
+        let range = request.range;
+        let write = vma.protection.contains(Protection::WRITE);
+        self.engine.scan(range, &mut |run, present| {
+            let first = range.index_of(run.start());
+            for (offset, out) in pfns[first..first + run.pages()].iter_mut().enumerate() {
+                *out = system_entry(run.page_at(offset), present, write);
+            }
+        })?;
+        for leaf in self.table.leaves(range) {
+            let Some(part) = leaf.range().intersect(range) else { continue };
+            let entries = leaf.lock();
+            for offset in 0..part.pages() {
+                let address = part.page_at(offset);
+                let entry = entries[address.index_in_leaf()];
+                if entry != Entry::SYSTEM {
+                    pfns[range.index_of(address)] = device_entry(entry, request.owner);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes pages present and, if asked, writable; waits for migrations that hold them.
+    fn make_usable(&self, run: AddrRange, access: Access) -> Result<()> {
+        let address = run.start();
+        self.is_poisoned(address)
+            .map_err(|_| Error::Fault { address, what: "the page is poisoned" })?;
+        if let Some(leaf) = self.table.leaf(address) {
+            let entries = leaf.lock();
+            if entries[address.index_in_leaf()].is_locked() {
+                if self.engine.is_service_thread() {
+                    return Err(Error::Deadlock { what: "range fault on a service thread" });
+                }
+                drop(leaf.wait(entries, Duration::from_millis(10)));
+                return Ok(());
+            }
+        }
+        self.bring_home(run)?;
+        self.engine.populate(run, access == Access::Write)
+    }
+}
+
+fn system_entry(address: VirtAddr, present: Present, vma_writable: bool) -> PfnEntry {
+    let valid = PfnFlags::VALID | PfnFlags::READ;
+    let flags = match present {
+        Present::None => return PfnEntry::bare(PfnFlags::EMPTY),
+        Present::Swapped => return PfnEntry::default(),
+        Present::Page if vma_writable => valid | PfnFlags::WRITE,
+        Present::Page | Present::Zero => valid,
+    };
+    PfnEntry::new(Pfn::of_addr(address), flags)
+}
+
+fn device_entry(entry: Entry, owner: Option<OwnerId>) -> PfnEntry {
+    match entry.place() {
+        _ if entry.is_locked() => PfnEntry::default(),
+        Place::Poisoned => PfnEntry::bare(PfnFlags::ERROR),
+        Place::System => PfnEntry::default(),
+        Place::Device(page) => {
+            let foreign = owner.is_some_and(|owner| {
+                Devmem::find(page).is_none_or(|devmem| devmem.owner() != owner)
+            });
+            if foreign {
+                return PfnEntry::default();
+            }
+            let mut flags = PfnFlags::VALID | PfnFlags::READ | PfnFlags::DEVICE;
+            flags.set(PfnFlags::WRITE, entry.is_writable());
+            PfnEntry::new(page, flags)
+        }
+    }
+}
+
+/// The first run of pages that do not fulfil the request.
+fn first_missing(range: AddrRange, access: Access, pfns: &[PfnEntry]) -> Option<AddrRange> {
+    let wanted = match access {
+        Access::Read => PfnFlags::VALID,
+        Access::Write => PfnFlags::VALID | PfnFlags::WRITE,
+    };
+    let is_missing = |entry: &PfnEntry| !entry.flags().contains(wanted);
+    let first = pfns.iter().position(is_missing)?;
+    let count = pfns[first..].iter().take_while(|entry| is_missing(entry)).count();
+    Some(range.sub(first, count))
+}

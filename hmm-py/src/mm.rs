@@ -1,0 +1,126 @@
+//! `hmm.Mm`: the address space of this process.
+
+use crate::counters;
+use crate::error::detached;
+use crate::memory::Memory;
+use crate::pin::Pin;
+use crate::registry;
+use hmm_core::Residency;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use std::sync::Arc;
+
+/// Nothing is there yet (never touched, or dropped).
+pub(crate) const RESIDENCY_NONE: u8 = 0;
+/// In system memory.
+pub(crate) const RESIDENCY_SYSTEM: u8 = 1;
+/// In the memory of a device.
+pub(crate) const RESIDENCY_DEVICE: u8 = 2;
+/// On its way.
+pub(crate) const RESIDENCY_MIGRATING: u8 = 3;
+/// Lost; a touch raises SIGBUS.
+pub(crate) const RESIDENCY_POISONED: u8 = 4;
+/// Not mapped.
+pub(crate) const RESIDENCY_UNMAPPED: u8 = 5;
+
+fn residency_code(residency: Residency) -> u8 {
+    match residency {
+        Residency::None => RESIDENCY_NONE,
+        Residency::System => RESIDENCY_SYSTEM,
+        Residency::Device(_) => RESIDENCY_DEVICE,
+        Residency::Migrating => RESIDENCY_MIGRATING,
+        Residency::Poisoned => RESIDENCY_POISONED,
+        Residency::Unmapped => RESIDENCY_UNMAPPED,
+    }
+}
+
+/// The address space of this process. `with` closes it at the end of the block.
+#[pyclass(frozen, module = "hmm")]
+#[derive(Debug)]
+pub(crate) struct Mm {
+    pub(crate) inner: Arc<hmm_core::Mm>,
+}
+
+/// The mm of this process, opened on first use, and again after a close.
+///
+/// Raises `hmm.Error`: `EOPNOTSUPP` where no engine works; the text says why.
+#[pyfunction]
+pub(crate) fn current(py: Python<'_>) -> PyResult<Mm> {
+    let inner = detached(py, || {
+        let mm = hmm_core::Mm::current()?;
+        registry::remember_mm(&mm);
+        Ok(mm)
+    })?;
+    Ok(Mm { inner })
+}
+
+#[pymethods]
+impl Mm {
+    /// How CPU mappings are changed here: `"uffd"`.
+    #[getter]
+    fn engine(&self) -> &'static str {
+        self.inner.engine_name()
+    }
+
+    /// What the engine can do, as names: `"MISSING_FAULTS"`, `"MOVE"`, `"KERNEL_FAULTS"`, `"POISON"`, `"EVENTS"`.
+    #[getter]
+    fn capabilities(&self) -> Vec<&'static str> {
+        self.inner.capabilities().iter_names().map(|(name, _)| name).collect()
+    }
+
+    /// The counters of the mm by name.
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let values = py.detach(|| self.inner.counters());
+        counters::of_mm(py, &values)
+    }
+
+    /// Where each page of the memory is: one `hmm.Residency` value a byte.
+    ///
+    /// Raises `hmm.Error` for an impossible address range.
+    fn residency<'py>(&self, py: Python<'py>, memory: Memory) -> PyResult<Bound<'py, PyBytes>> {
+        let codes = detached(py, || {
+            let Some(range) = memory.pages()? else { return Ok(Vec::new()) };
+            let mut pages = vec![Residency::None; range.pages()];
+            self.inner.residency(range, &mut pages)?;
+            Ok(pages.into_iter().map(residency_code).collect())
+        })?;
+        Ok(PyBytes::new(py, &codes))
+    }
+
+    /// Brings device pages home and populates holes, so that the next touches do not fault. Returns how many pages
+    /// came home. With `write` the pages are made writable, so a private copy is taken where there is none yet.
+    ///
+    /// Raises `hmm.Error`: `EFAULT` where nothing is mapped, `EPERM` where the protection forbids it.
+    #[pyo3(signature = (memory, *, write = false))]
+    fn make_present(&self, py: Python<'_>, memory: Memory, write: bool) -> PyResult<usize> {
+        detached(py, || match memory.pages()? {
+            Some(range) => self.inner.make_present(range, write),
+            None => Ok(0),
+        })
+    }
+
+    /// Brings the memory home and keeps it there until the `Pin` that is returned goes.
+    ///
+    /// Raises `hmm.Error`: `EFAULT` where nothing is mapped, `ENOMEM` with too many pins.
+    fn pin(&self, py: Python<'_>, memory: Memory) -> PyResult<Pin> {
+        Pin::new(py, &self.inner, memory)
+    }
+
+    /// Tells the drivers, brings all pages home and stops the engine. Idempotent. Later calls raise `ENODEV`.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.inner.close())
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.close(py)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<hmm.Mm engine={}>", self.inner.engine_name())
+    }
+}

@@ -1,0 +1,48 @@
+//! The kernel's own view of this process, read from `/proc/self`.
+
+use hmm_core::PAGE_SIZE;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+/// Bit of a pagemap entry that says that the page is in memory (`PM_PRESENT`).
+const PRESENT: u64 = 1 << 63;
+/// Pagemap entries read at once.
+const ENTRIES: usize = 512;
+
+/// True when the CPU's page table maps the page at `addr`, as `/proc/self/pagemap` tells.
+///
+/// # Panics
+/// When the pagemap cannot be read.
+pub fn present(addr: u64) -> bool {
+    count_present(addr, 1) == 1
+}
+
+/// How many of `pages` pages from `addr` on the CPU's page table maps.
+///
+/// # Panics
+/// When the pagemap cannot be read.
+pub fn count_present(addr: u64, pages: usize) -> usize {
+    let pagemap = File::open("/proc/self/pagemap").expect("the pagemap opens");
+    let first = addr / PAGE_SIZE as u64;
+    let mut buffer = [0u8; ENTRIES * 8];
+    let mut count = 0;
+    for done in (0..pages).step_by(ENTRIES) {
+        let bytes = &mut buffer[..ENTRIES.min(pages - done) * 8];
+        let offset = (first + done as u64) * 8;
+        pagemap.read_exact_at(bytes, offset).expect("the pagemap has an entry for each page");
+        let (entries, _) = bytes.as_chunks::<8>();
+        count += entries.iter().filter(|entry| u64::from_ne_bytes(**entry) & PRESENT != 0).count();
+    }
+    count
+}
+
+/// Resident memory of this process in bytes (the sum over all pages, not the kernel's batched counter).
+///
+/// # Panics
+/// When the kernel's report cannot be read.
+pub fn resident_bytes() -> u64 {
+    let report = std::fs::read_to_string("/proc/self/smaps_rollup").expect("smaps_rollup opens");
+    let line = report.lines().find(|line| line.starts_with("Rss:")).expect("there is an Rss line");
+    let kilobytes = line.split_whitespace().nth(1).expect("the line has a number");
+    kilobytes.parse::<u64>().expect("the number is one") * 1024
+}

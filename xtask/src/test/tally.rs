@@ -1,0 +1,135 @@
+//! Counting what passed, and reading the counts that other test programs print.
+
+use std::fmt;
+use std::ops::AddAssign;
+
+/// How many tests ended how.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// All went well.
+    pub(crate) passed: usize,
+    /// Something did not.
+    pub(crate) failed: usize,
+    /// Could not be tried here; the reason was printed.
+    pub(crate) skipped: usize,
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+impl Tally {
+    /// One test.
+    pub(crate) fn one(success: bool, output: &str) -> Self {
+        let skipped = success && skip_reason(output).is_some();
+        Self {
+            passed: usize::from(success && !skipped),
+            failed: usize::from(!success),
+            skipped: usize::from(skipped),
+        }
+    }
+
+    /// What a test program's own report says: TAP lines, or closing lines like pytest's and cargo's. A program that
+    /// counts nothing is one test; one that fails without counting a failure has failed once.
+    pub(crate) fn of_report(success: bool, report: &str) -> Self {
+        let mut tally = tap(report);
+        if tally == Self::default() {
+            for line in report.lines() {
+                tally += closing_line(line);
+            }
+        }
+        if tally == Self::default() {
+            return Self::one(success, report);
+        }
+        if !success && tally.failed == 0 {
+            tally.failed = 1;
+        }
+        tally
+    }
+}
+
+/// The reason why a test was skipped, if its output gives one.
+pub(crate) fn skip_reason(output: &str) -> Option<&str> {
+    output.lines().find_map(|line| line.strip_prefix("skipped: "))
+}
+
+/// Counts lines of the Test Anything Protocol.
+fn tap(report: &str) -> Tally {
+    let mut tally = Tally::default();
+    for line in report.lines() {
+        if line.starts_with("not ok ") {
+            tally.failed += 1;
+        } else if line.starts_with("ok ") {
+            let skipped = line.to_ascii_uppercase().contains("# SKIP");
+            tally.skipped += usize::from(skipped);
+            tally.passed += usize::from(!skipped);
+        }
+    }
+    tally
+}
+
+/// Reads `3 passed, 1 skipped in 0.1s` and `test result: ok. 3 passed; 0 failed; 1 ignored`.
+fn closing_line(line: &str) -> Tally {
+    let mut tally = Tally::default();
+    if !line.contains(" passed") && !line.contains(" failed") && !line.contains(" skipped") {
+        return tally;
+    }
+    let words: Vec<&str> =
+        line.split([' ', ',', ';', '=']).filter(|word| !word.is_empty()).collect();
+    for pair in words.windows(2) {
+        let Ok(count) = pair[0].parse::<usize>() else { continue };
+        match pair[1] {
+            "passed" => tally.passed += count,
+            "failed" | "error" | "errors" => tally.failed += count,
+            "skipped" | "ignored" => tally.skipped += count,
+            _ => {}
+        }
+    }
+    tally
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally(passed: usize, failed: usize, skipped: usize) -> Tally {
+        Tally { passed, failed, skipped }
+    }
+
+    #[test]
+    fn a_skipped_test_gives_its_reason() {
+        assert_eq!(Tally::one(true, "x\nskipped: no userfaultfd\n"), tally(0, 0, 1));
+        assert_eq!(Tally::one(true, "nothing was skipped: all is well"), tally(1, 0, 0));
+        assert_eq!(Tally::one(false, "skipped: but it failed"), tally(0, 1, 0));
+    }
+
+    #[test]
+    fn reports_of_other_runners_are_read() {
+        let tap = "1..3\nok 1 - a\nnot ok 2 - b\nok 3 - c # SKIP no compiler\n";
+        assert_eq!(Tally::of_report(false, tap), tally(1, 1, 1));
+        assert_eq!(Tally::of_report(true, "..s\n12 passed, 1 skipped in 0.31s\n"), tally(12, 0, 1));
+        assert_eq!(
+            Tally::of_report(false, "== 2 failed, 3 passed, 1 error in 1s =="),
+            tally(3, 3, 0)
+        );
+        let cargo = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out";
+        assert_eq!(Tally::of_report(true, &format!("{cargo}\n\n{cargo}\n")), tally(6, 0, 2));
+    }
+
+    #[test]
+    fn a_report_without_counts_is_one_test() {
+        assert_eq!(Tally::of_report(true, "fine"), tally(1, 0, 0));
+        assert_eq!(Tally::of_report(false, "Segmentation fault"), tally(0, 1, 0));
+        assert_eq!(Tally::of_report(false, "ok 1 - a\ncrash"), tally(1, 1, 0));
+    }
+}
