@@ -1,10 +1,10 @@
 //! Device memory under the names of hmm.txt, section 5.
 
-use crate::device::device;
+use crate::devices::device;
 use crate::error::record_outcome;
 use crate::handle::{Public, Table, check_pointer, invalid};
 use crate::mm;
-use crate::page::{self, page};
+use crate::pages::{self, page};
 use crate::ret::IntoC;
 use crate::vma::{CallbackVma, vm_area_struct};
 use hmm_core::{
@@ -88,13 +88,10 @@ impl Public for hmm_devmem {
     };
 }
 
-/// What stands behind a handle.
-pub(crate) struct CDevmem {
-    ops: hmm_devmem_ops,
-    core: OnceLock<Arc<Devmem>>,
-}
+/// What stands behind a handle: set once the core has made it.
+type Made = OnceLock<Arc<Devmem>>;
 
-pub(crate) static DEVMEMS: Table<hmm_devmem, CDevmem, 64> =
+pub(crate) static DEVMEMS: Table<hmm_devmem, Made, 64> =
     Table::new("not a live hmm_devmem of this library", "hmm_devmem handles (64)");
 
 /// Carries callbacks from the core to the driver.
@@ -127,7 +124,7 @@ impl DevmemOps for Calls {
     fn free(&self, _: &Devmem, page: Pfn) {
         if let Some(call) = self.ops.free {
             // SAFETY: the device memory is not removed yet, so by the driver's promise the function is callable.
-            unsafe { call(self.handle(), page::from_pfn(page)) };
+            unsafe { call(self.handle(), pages::from_pfn(page)) };
         }
     }
 
@@ -136,7 +133,7 @@ impl DevmemOps for Calls {
         let vma = mm::adopt(fault.mm)
             .and_then(|mm| CallbackVma::new(mm, fault.vma, Some(fault.page)))
             .map_err(|_| FaultError::OutOfMemory)?;
-        let (addr, page) = (fault.addr.get(), page::from_pfn(fault.page));
+        let (addr, page) = (fault.addr.get(), pages::from_pfn(fault.page));
         // SAFETY: the device memory is not removed yet, so by the driver's promise the function is callable.
         let answer = unsafe {
             call(self.handle(), vma.handle(), addr, page, fault.flags.bits(), ptr::null_mut())
@@ -159,7 +156,7 @@ fn add(ops: *const hmm_devmem_ops, device: *mut device, size: u64) -> Result<*mu
     let copy = copy_ops(ops)?;
     let pages = usize::try_from(size.div_ceil(PAGE_SIZE as u64))
         .map_err(|_| invalid(size, "size is too large"))?;
-    let object = Arc::new(CDevmem { ops: copy, core: OnceLock::new() });
+    let object = Arc::new(Made::new());
     let handle = DEVMEMS.insert(Arc::clone(&object))?;
     let calls = Arc::new(Calls { ops: copy, handle: handle.expose_provenance() });
     let core = Devmem::add(calls, OwnerId::unique(), pages).inspect_err(|_| {
@@ -167,13 +164,13 @@ fn add(ops: *const hmm_devmem_ops, device: *mut device, size: u64) -> Result<*mu
     })?;
     let (pfn_first, pfn_last) = (core.pfn_first().get(), core.pfn_last().get());
     DEVMEMS.edit(handle, hmm_devmem { pfn_first, pfn_last, device, ops, reserved: [0; 4] });
-    object.core.get_or_init(|| core);
+    object.get_or_init(|| core);
     Ok(handle)
 }
 
 fn core_of(devmem: *const hmm_devmem) -> Result<Arc<Devmem>> {
     let object = DEVMEMS.get(devmem)?;
-    object.core.get().cloned().ok_or_else(|| invalid(devmem.addr() as u64, "not added yet"))
+    object.get().cloned().ok_or_else(|| invalid(devmem.addr() as u64, "not added yet"))
 }
 
 fn remove(devmem: *mut hmm_devmem) -> Result<()> {
@@ -263,7 +260,7 @@ pub unsafe extern "C" fn hmm_devmem_in_use(devmem: *const hmm_devmem) -> c_long 
 /// The device memory that holds a device page.
 fn owner_of(page: *const page) -> Result<(Arc<Devmem>, Pfn)> {
     let address = VirtAddr::from_ptr(page);
-    let pfn = page::to_pfn(page).ok_or(Error::Invalid { address, what: "not a struct page" })?;
+    let pfn = pages::to_pfn(page).ok_or(Error::Invalid { address, what: "not a struct page" })?;
     let devmem = Devmem::find(pfn);
     Ok((devmem.ok_or(Error::Invalid { address, what: "not a page of device memory" })?, pfn))
 }

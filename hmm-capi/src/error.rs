@@ -126,7 +126,10 @@ mod tests {
     #[test]
     fn each_thread_has_its_own_text() {
         record(&invalid(0x1000, "first"));
-        assert_eq!((hmm_last_errno(), text().as_str()), (-libc::EINVAL, "invalid argument at 0x1000: first"));
+        assert_eq!(
+            (hmm_last_errno(), text().as_str()),
+            (-libc::EINVAL, "invalid argument at 0x1000: first")
+        );
         std::thread::spawn(|| assert_eq!((hmm_last_errno(), text().as_str()), (0, "")));
         record_outcome(Ok(()));
         assert_eq!(hmm_last_errno(), 0);

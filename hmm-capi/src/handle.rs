@@ -19,7 +19,7 @@ pub(crate) trait Public: Copy + 'static {
 /// The public part of an opaque handle: a word that makes it recognisable in a debugger.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Opaque(#[expect(dead_code, reason = "read by people, in a debugger")] u64);
+pub(crate) struct Opaque(u64);
 
 impl Public for Opaque {
     const EMPTY: Self = Self(0x6c69_6268_6d6d_5f30);
@@ -51,9 +51,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl<P: Public, T: Send + Sync, const N: usize> Table<P, T, N> {
     /// An empty table; the texts are for errors: what a pointer is not, and what there are too many of.
     pub(crate) const fn new(stale: &'static str, full: &'static str) -> Self {
-        let slots = [const {
-            Slot { public: UnsafeCell::new(P::EMPTY), object: Mutex::new(None) }
-        }; N];
+        let slots =
+            [const { Slot { public: UnsafeCell::new(P::EMPTY), object: Mutex::new(None) } }; N];
         Self { slots, cursor: AtomicUsize::new(0), stale, full }
     }
 

@@ -57,7 +57,9 @@ impl Holds {
 
     fn push(&mut self, mm: &Arc<MmHandle>, kind: Kind) -> Result<()> {
         let Some(free) = self.entries.get_mut(self.used) else {
-            return Err(Error::NoMemory { what: "threads that hold an address space's lock (1024)" });
+            return Err(Error::NoMemory {
+                what: "threads that hold an address space's lock (1024)",
+            });
         };
         *free = Hold { thread: this_thread(), mm: identity(mm), kind, depth: 1, newest_vma: 0 };
         self.used += 1;

@@ -4,10 +4,13 @@
 //! (`cargo run -p xtask -- gen-header`). Hand-written parts of the header are in `header/`.
 
 #![expect(non_camel_case_types, reason = "types have their C names")]
-#![expect(clippy::missing_safety_doc, reason = "what C callers must keep to is each function's documentation")]
+#![expect(
+    clippy::missing_safety_doc,
+    reason = "what C callers must keep to is each function's documentation"
+)]
 
 mod counters;
-mod device;
+mod devices;
 mod devmem;
 mod error;
 mod handle;
@@ -15,27 +18,29 @@ mod hold;
 mod migrate;
 mod mirror;
 mod mm;
-mod page;
+mod pages;
 mod range;
 mod range_4_17;
 mod ret;
 mod sized;
 mod soft;
+mod soft_kernels;
 mod tracking;
 mod version;
 mod vma;
 
 pub use counters::*;
-pub use device::*;
+pub use devices::*;
 pub use devmem::*;
 pub use error::*;
 pub use migrate::*;
 pub use mirror::*;
 pub use mm::*;
-pub use page::*;
+pub use pages::*;
 pub use range::*;
 pub use range_4_17::*;
 pub use soft::*;
+pub use soft_kernels::*;
 pub use version::*;
 pub use vma::*;
 

@@ -1,8 +1,8 @@
 //! `migrate_vma` with its two callbacks, as hmm.txt, section 6, tells it.
 
 use crate::error::record_outcome;
-use crate::handle::{check_pointer, invalid, lock};
-use crate::page::{self, page};
+use crate::handle::{check_pointer, invalid};
+use crate::pages::{self, page};
 use crate::ret::IntoC;
 use crate::vma::{self, CVma, CallbackVma, vm_area_struct};
 use hmm_core::{
@@ -92,7 +92,7 @@ impl MigrateOps for Calls {
         let (start, end) = (range.start().get(), range.end().get());
         let (vma, private_data) = (self.vma.handle(), self.private_data);
         // SAFETY: by the driver's promise the function is callable; the arrays have an entry for each page.
-        self.vma.with_batch(batch, || unsafe { call(vma, src, dst, start, end, private_data) });
+        unsafe { call(vma, src, dst, start, end, private_data) };
         // SAFETY: as for `write_out`, the other way; the driver has filled its array.
         unsafe {
             ptr::copy_nonoverlapping(dst.cast(), batch.dst.as_mut_ptr(), batch.dst.len());
@@ -290,29 +290,23 @@ pub unsafe extern "C" fn migrate_vma_4_17(
 }
 
 fn alloc_locked_page(vma: *mut vm_area_struct, addr: u64) -> Result<*mut page> {
-    let vma = vma::get(vma)?;
-    let guard = lock(&vma.batch);
-    let outside = || invalid(addr, "only inside alloc_and_copy, with the vma that it received");
-    let batch = guard.as_ref().ok_or_else(outside)?;
-    // SAFETY: the pointer is that of the batch whose alloc_and_copy is running: `with_batch` empties the cell before the
-    // batch is used again, and the mutex held here keeps it from doing so meanwhile.
-    let batch = unsafe { batch.0.cast::<MigrateBatch<'_>>().as_mut() };
-    if !batch.range.contains(VirtAddr::new(addr)) {
-        return Err(invalid(addr, "the address is not in the batch that is being copied"));
-    }
-    let pfn = batch.alloc_system_page(VirtAddr::new(addr).page());
-    pfn.map(page::from_pfn).ok_or(Error::NoMemory { what: "a system page for a page that comes home" })
+    let found = vma::get(vma)?.mm.core.alloc_system_page(VirtAddr::new(addr).page());
+    let what = "only inside alloc_and_copy, for a page of its batch that is on a device";
+    found.map(pages::from_pfn).ok_or_else(|| invalid(addr, what))
 }
 
 /// Gets a page of system memory for a page that comes home, locked and writable at hmm_page_to_virt().
 ///
-/// @param vma   The vma that alloc_and_copy received.
-/// @param addr  The address whose page it will be; inside the batch.
-/// @return The page, to be stored in dst as migrate_pfn(page_to_pfn(page)) | MIGRATE_PFN_LOCKED; a page that is not stored
-/// goes back by itself. NULL on failure, which hmm_last_errno() tells apart: -EINVAL not inside alloc_and_copy, a foreign
-/// vma, or an address outside the batch; -ENOMEM.
+/// Each page that comes home has its system page reserved before alloc_and_copy is called, so this cannot run out of
+/// memory half-way.
 ///
-/// Context: inside alloc_and_copy, on any thread that works for it; does not block for long.
+/// @param vma   The vma that alloc_and_copy received.
+/// @param addr  The address whose page it will be: one of the batch, with MIGRATE_PFN_DEVICE in its src.
+/// @return The page, to be stored in dst as migrate_pfn(page_to_pfn(page)) | MIGRATE_PFN_LOCKED; a page that is not stored
+/// goes back by itself. NULL with hmm_last_errno() -EINVAL: not inside alloc_and_copy, not on its thread, no live vma, or
+/// not the address of a page that this batch brings home.
+///
+/// Context: inside alloc_and_copy, on the thread that it was called on; does not block for long.
 /// Source: hmm_vma_alloc_locked_page() of kernels v4.14 to v5.2.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hmm_vma_alloc_locked_page(

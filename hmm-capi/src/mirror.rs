@@ -109,7 +109,9 @@ impl Registration {
 
 impl NotifierOps for Calls {
     fn invalidate(&self, update: &Invalidation) {
-        if let (Some(mirror), Some(call)) = (self.0.pointer(), self.0.ops.sync_cpu_device_pagetables) {
+        if let (Some(mirror), Some(call)) =
+            (self.0.pointer(), self.0.ops.sync_cpu_device_pagetables)
+        {
             let (start, end) = (update.range.start().get(), update.range.end().get());
             // SAFETY: the mirror is registered, so by the driver's promise it is alive and the function callable.
             unsafe { call(mirror, hmm_update_type::HMM_UPDATE_INVALIDATE, start, end) };
@@ -139,10 +141,14 @@ fn copy_ops(mirror: *const hmm_mirror) -> Result<hmm_mirror_ops> {
 }
 
 /// A place in the table, unless the mirror has one already.
-fn reserve(mirror: *mut hmm_mirror, mm: &Arc<MmHandle>) -> Result<(*mut Opaque, Arc<Registration>)> {
+fn reserve(
+    mirror: *mut hmm_mirror,
+    mm: &Arc<MmHandle>,
+) -> Result<(*mut Opaque, Arc<Registration>)> {
     static RESERVING: Mutex<()> = Mutex::new(());
     let ops = copy_ops(mirror)?;
-    let pages = AddrRange::covering(mirror.expose_provenance() as u64, size_of::<hmm_mirror>() as u64)?;
+    let pages =
+        AddrRange::covering(mirror.expose_provenance() as u64, size_of::<hmm_mirror>() as u64)?;
     let registration = Arc::new(Registration {
         mirror: mirror.addr(),
         ops,
@@ -161,10 +167,9 @@ fn reserve(mirror: *mut hmm_mirror, mm: &Arc<MmHandle>) -> Result<(*mut Opaque, 
 
 fn register(mirror: *mut hmm_mirror, mm: &Arc<MmHandle>) -> Result<()> {
     let (handle, registration) = reserve(mirror, mm)?;
-    let whole = AddrRange::new(0, hmm_core::USER_END)?;
     let inserted = mm.core.pin_range(registration.pages).and_then(|()| {
         let calls = Arc::new(Calls(Arc::clone(&registration)));
-        mm.core.notifier_insert(whole, calls).inspect_err(|_| {
+        mm.core.mirror_register(calls).inspect_err(|_| {
             // It was pinned a moment ago; nothing better can be done if that cannot be undone.
             let _ = mm.core.unpin_range(registration.pages);
         })
@@ -225,7 +230,7 @@ fn unregister(mirror: *mut hmm_mirror) -> Result<()> {
 }
 
 /// Registers a mirror of an address space: from its return on, the mirror's callback is called for every change of the
-/// CPU page table.
+/// CPU page table, in every range that a call of the library has looked at or migrated.
 ///
 /// Takes the lock of the address space for writing itself, as hmm.txt tells it. (The merged kernels want it held; with
 /// HMM_API_4_17 the name stands for hmm_mirror_register_locked().) Any number of mirrors may be registered on one address

@@ -60,12 +60,14 @@ pub(crate) fn adopt(mm: &Arc<Mm>) -> Result<Arc<MmHandle>> {
 
 /// The C pointer of a handle; NULL when it is closed.
 pub(crate) fn pointer_to(mm: &Arc<MmHandle>) -> *mut mm_struct {
-    MMS.find(|known| ptr::eq(known, Arc::as_ptr(mm))).map_or(ptr::null_mut(), |found| found.0.cast())
+    MMS.find(|known| ptr::eq(known, Arc::as_ptr(mm)))
+        .map_or(ptr::null_mut(), |found| found.0.cast())
 }
 
 /// Handle tables are used by callbacks, on threads that answer faults: they must never migrate.
 fn pin_tables(mm: &Mm) -> Result<()> {
-    for pages in [MMS.pages(), vma::VMAS.pages(), mirror::MIRRORS.pages(), tracking::RANGES.pages()] {
+    for pages in [MMS.pages(), vma::VMAS.pages(), mirror::MIRRORS.pages(), tracking::RANGES.pages()]
+    {
         mm.pin_range(pages?)?;
     }
     mm.pin_range(devmem::DEVMEMS.pages()?)
@@ -241,8 +243,8 @@ fn on_range<R>(
 /// @param mm      The address space.
 /// @param addr    Anywhere in the first page.
 /// @param length  Bytes; every page that they touch is pinned.
-/// @return 0; -EINVAL mm is no live handle, addr is NULL, length is 0 or overflows; -EFAULT something in the range is
-/// not mapped; -EBUSY; -ENOMEM more than 4096 pins; -ENODEV closed.
+/// @return 0 (what is not mapped counts as home); -EINVAL mm is no live handle, addr is NULL, length is 0 or overflows;
+/// -EBUSY, -EIO a page did not come home; -ENOMEM more than 4096 pins; -ENODEV closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; compare the kernel's pin_user_pages().
@@ -310,7 +312,10 @@ fn residency(mm: &Mm, range: AddrRange, places: *mut u8, count: usize) -> Result
     const CHUNK: usize = 256;
     check_pointer(places, "places is NULL")?;
     if count < range.pages() {
-        return Err(invalid(range.start().get(), "places has fewer bytes than the range has pages"));
+        return Err(invalid(
+            range.start().get(),
+            "places has fewer bytes than the range has pages",
+        ));
     }
     for first in (0..range.pages()).step_by(CHUNK) {
         let pages = CHUNK.min(range.pages() - first);

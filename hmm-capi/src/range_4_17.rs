@@ -9,7 +9,6 @@ use crate::tracking::{self, Failure, Want};
 use crate::vma::vm_area_struct;
 use hmm_core::{Access, AddrRange, Error, PAGE_SHIFT, PfnEntry, PfnFlags, Result};
 use std::ffi::{c_int, c_ulong};
-use std::ptr;
 
 /// A range in the form of kernel v4.17, which the header calls `struct hmm_range` when HMM_API_4_17 is defined.
 ///

@@ -31,7 +31,10 @@ pub(crate) unsafe fn read<T: Sized32>(from: *const T) -> Result<T> {
     for at in size_of::<T>()..size {
         // SAFETY: the caller promises `size` readable bytes.
         if unsafe { ptr::read(bytes.add(at)) } != 0 {
-            return Err(invalid(from.addr() as u64, "the struct asks for more than this version knows"));
+            return Err(invalid(
+                from.addr() as u64,
+                "the struct asks for more than this version knows",
+            ));
         }
     }
     let mut value = T::default();
@@ -62,7 +65,11 @@ pub(crate) unsafe fn write<T: Sized32>(to: *mut T, value: &T) -> Result<()> {
     // SAFETY: the caller promises `size` writable bytes, `value` has size_of::<T>(), and both skip the size member.
     unsafe {
         let bytes = to.cast::<u8>();
-        ptr::copy_nonoverlapping(from.add(SIZE_MEMBER), bytes.add(SIZE_MEMBER), known - SIZE_MEMBER);
+        ptr::copy_nonoverlapping(
+            from.add(SIZE_MEMBER),
+            bytes.add(SIZE_MEMBER),
+            known - SIZE_MEMBER,
+        );
         ptr::write_bytes(bytes.add(known), 0, size - known);
     }
     Ok(())

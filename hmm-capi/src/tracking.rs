@@ -22,8 +22,10 @@ pub(crate) struct Tracked {
     pfns: usize,
 }
 
-pub(crate) static RANGES: Table<Opaque, Tracked, 4096> =
-    Table::new("not an active hmm_range", "active ranges (4096): is hmm_vma_range_done called for each?");
+pub(crate) static RANGES: Table<Opaque, Tracked, 4096> = Table::new(
+    "not an active hmm_range",
+    "active ranges (4096): is hmm_vma_range_done called for each?",
+);
 
 /// What a caller wants to know of a part of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,7 +155,8 @@ pub(crate) fn finish(list: *mut hmm_list) -> Result<bool> {
     if !tracked.tracker.changed(tracked.sequence) {
         return Ok(true);
     }
-    if let Some(gone) = tracked.tracker.invalidated().and_then(|gone| gone.intersect(tracked.range)) {
+    if let Some(gone) = tracked.tracker.invalidated().and_then(|gone| gone.intersect(tracked.range))
+    {
         let pfns: *mut u64 = ptr::with_exposed_provenance_mut(tracked.pfns);
         let first = tracked.range.index_of(gone.start());
         // SAFETY: the caller promised one entry for each page of the range until the range is done.

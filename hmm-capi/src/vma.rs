@@ -1,13 +1,13 @@
 //! `struct vm_area_struct`: a look at one mapping, alive while the caller holds the address space's lock.
 
-use crate::handle::{Opaque, Table, lock};
+use crate::handle::{Opaque, Table};
 use crate::hold;
 use crate::mm::{self, MmHandle, mm_struct};
 use crate::ret::IntoC;
-use hmm_core::{MigrateBatch, Pfn, Protection, Result, VirtAddr, Vma, VmaKind};
-use std::ffi::{c_int, c_ulong, c_void};
-use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex};
+use hmm_core::{Pfn, Protection, Result, VirtAddr, Vma, VmaKind};
+use std::ffi::{c_int, c_ulong};
+use std::ptr;
+use std::sync::Arc;
 
 /// One mapping of the process: opaque, read through hmm_vma_start() and its like.
 ///
@@ -19,12 +19,6 @@ pub struct vm_area_struct {
     _opaque: [u8; 0],
 }
 
-/// The batch of a migration whose `alloc_and_copy` is running, without its lifetime.
-pub(crate) struct Batch(pub(crate) NonNull<c_void>);
-
-// SAFETY: the pointer is used only under the mutex of `CVma::batch`, which is emptied before the batch ends.
-unsafe impl Send for Batch {}
-
 /// What a vma handle stands for.
 pub(crate) struct CVma {
     pub(crate) mm: Arc<MmHandle>,
@@ -35,8 +29,6 @@ pub(crate) struct CVma {
     pub(crate) in_callback: bool,
     /// The device page of the CPU fault that is being answered.
     pub(crate) fault_page: Option<Pfn>,
-    /// The running migration, for `hmm_vma_alloc_locked_page`.
-    pub(crate) batch: Mutex<Option<Batch>>,
 }
 
 pub(crate) static VMAS: Table<Opaque, CVma, 4096> =
@@ -49,7 +41,6 @@ pub(crate) fn get(vma: *const vm_area_struct) -> Result<Arc<CVma>> {
 
 /// A handle that lives for one callback, or for the callbacks of one migration.
 pub(crate) struct CallbackVma {
-    object: Arc<CVma>,
     handle: *mut vm_area_struct,
     _hold: hold::InCallback,
 }
@@ -58,22 +49,14 @@ impl CallbackVma {
     /// Publishes a vma to the callbacks that run on this thread until the value is dropped.
     pub(crate) fn new(mm: Arc<MmHandle>, vma: Vma, fault_page: Option<Pfn>) -> Result<Self> {
         let in_callback = hold::InCallback::enter(Arc::clone(&mm))?;
-        let batch = Mutex::new(None);
-        let object = Arc::new(CVma { mm, vma, older: 0, in_callback: true, fault_page, batch });
-        let handle = VMAS.insert(Arc::clone(&object))?;
-        Ok(Self { object, handle: handle.cast(), _hold: in_callback })
+        let object = CVma { mm, vma, older: 0, in_callback: true, fault_page };
+        let handle = VMAS.insert(Arc::new(object))?;
+        Ok(Self { handle: handle.cast(), _hold: in_callback })
     }
 
     /// What the callback gets.
     pub(crate) fn handle(&self) -> *mut vm_area_struct {
         self.handle
-    }
-
-    /// Runs `call` while `hmm_vma_alloc_locked_page` serves from `batch`.
-    pub(crate) fn with_batch(&self, batch: &mut MigrateBatch<'_>, call: impl FnOnce()) {
-        *lock(&self.object.batch) = Some(Batch(NonNull::from(batch).cast()));
-        call();
-        *lock(&self.object.batch) = None;
     }
 }
 
@@ -98,11 +81,8 @@ const VM_HUGETLB: u64 = 0x0040_0000;
 
 /// `VM_*` flags of a vma.
 fn flags_of(vma: &Vma) -> u64 {
-    let protection = [
-        (Protection::READ, VM_READ),
-        (Protection::WRITE, VM_WRITE),
-        (Protection::EXEC, VM_EXEC),
-    ];
+    let protection =
+        [(Protection::READ, VM_READ), (Protection::WRITE, VM_WRITE), (Protection::EXEC, VM_EXEC)];
     let set = protection.iter().filter(|(flag, _)| vma.protection.contains(*flag));
     let kind = match vma.kind {
         VmaKind::Shared | VmaKind::SharedFile => VM_SHARED,
@@ -121,9 +101,8 @@ fn find(mm: *mut mm_struct, addr: u64) -> Result<*mut vm_area_struct> {
     if known.is_ok_and(|known| known.vma == vma) {
         return Ok(ptr::with_exposed_provenance_mut(newest));
     }
-    let batch = Mutex::new(None);
     let object =
-        CVma { mm: Arc::clone(&mm), vma, older: newest, in_callback: false, fault_page: None, batch };
+        CVma { mm: Arc::clone(&mm), vma, older: newest, in_callback: false, fault_page: None };
     let handle = VMAS.insert(Arc::new(object))?;
     hold::set_newest_vma(&mm, handle.expose_provenance());
     Ok(handle.cast())

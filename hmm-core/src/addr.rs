@@ -224,11 +224,6 @@ impl AddrRange {
         let start = self.page_at(first).get();
         Self::from_bounds(start, start + ((count as u64) << PAGE_SHIFT))
     }
-    /// Widened to whole leaves (2 MiB).
-    pub const fn widen_to_leaves(self) -> AddrRange {
-        let end = (self.end + LEAF_SIZE - 1) & !(LEAF_SIZE - 1);
-        Self { start: self.start & !(LEAF_SIZE - 1), end: if end > USER_END { USER_END } else { end } }
-    }
     /// Cut at leaf boundaries: one piece for each leaf touched.
     pub fn by_leaf(self) -> impl Iterator<Item = AddrRange> {
         let mut next = self.start;

@@ -80,7 +80,10 @@ impl State {
             };
             if let Ok(start) = mapped {
                 let start = start.expose_provenance();
-                (self.next, self.committed, self.end) = (start, start, start + size);
+                // The first page stays without access, so that the kernel never joins the arena to a neighbour: a
+                // watch on that neighbour would reach into memory that the fault path needs.
+                let first = start + COMMIT_STEP;
+                (self.next, self.committed, self.end) = (first, first, start + size);
                 END.store(self.end, Ordering::Release);
                 START.store(start, Ordering::Release);
                 return true;

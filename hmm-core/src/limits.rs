@@ -11,8 +11,8 @@ pub const BATCH_PAGES: usize = BATCH_LEAVES * LEAF_PAGES;
 pub const MIGRATIONS: usize = 64;
 /// Staging blocks (2 MiB of address space each) of one mm.
 pub const FRAME_BLOCKS: usize = 512;
-/// Blocks that keep their memory while idle (64 MiB); the janitor frees what is above.
-pub const IDLE_BLOCKS: usize = 32;
+/// Blocks that keep their memory while idle (32 MiB); what is above is freed.
+pub const IDLE_BLOCKS: usize = 16;
 /// Notifiers and tracked ranges of one mm.
 pub const NOTIFIERS: usize = 4096;
 /// Pinned ranges of one mm.

@@ -89,8 +89,7 @@ impl Mm {
             pfns.fill(PfnEntry::default());
             return Err(Error::Permission { address, what: "the vma is not readable" });
         }
-        let wide = request.range.widen_to_leaves();
-        self.engine.watch(wide.intersect(vma.range).unwrap_or(request.range), Watch::Changes)?;
+        self.engine.watch(vma.range, Watch::Changes)?;
         Ok(vma)
     }
 
@@ -110,7 +109,8 @@ impl Mm {
         })?;
         for leaf in self.table.leaves(range) {
             let Some(part) = leaf.range().intersect(range) else { continue };
-            let entries = leaf.lock();
+            // Copied out first: `pfns` is the caller's memory, and touching it may fault.
+            let entries = *leaf.lock();
             for offset in 0..part.pages() {
                 let address = part.page_at(offset);
                 let entry = entries[address.index_in_leaf()];

@@ -1,6 +1,7 @@
 """What the kernel says about the pages of an object, and helpers to make memory."""
 
 import os
+import time
 
 import hmm
 import numpy as np
@@ -32,3 +33,12 @@ def present_pages(array: np.ndarray) -> int:
 def on_device(memory: object) -> int:
     """How many pages of the memory are on a device."""
     return hmm.residency(memory).count(hmm.Residency.DEVICE)
+
+
+def send(device: hmm.SoftDevice, memory: object) -> None:
+    """Migrates all of the memory. A page that is still on its way home from an earlier touch stays at first."""
+    deadline = time.monotonic() + 10
+    device.migrate(memory)
+    while on_device(memory) < len(hmm.residency(memory)):
+        assert time.monotonic() < deadline, hmm.residency_map(memory)
+        device.migrate(memory)

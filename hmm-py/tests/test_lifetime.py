@@ -6,7 +6,7 @@ import hmm
 import numpy as np
 import pytest
 from isolation import run_isolated
-from pages import on_device, page_aligned
+from pages import on_device, page_aligned, send
 
 
 @pytest.mark.isolated(30)
@@ -16,7 +16,7 @@ def test_close_brings_everything_home_and_opening_again_works():
     for _ in range(3):
         with hmm.current() as mm:
             device = hmm.SoftDevice()
-            assert device.migrate(x) == 100
+            send(device, x)
         assert (x == 6.0).all()
         mm.close()
         for call in (lambda: mm.residency(x), lambda: mm.pin(x), lambda: device.migrate(x), lambda: device.sum(x)):
@@ -49,7 +49,7 @@ def test_a_forgotten_device_is_closed():
     x[:] = 8.0
     for _ in range(20):  # more pages than one device holds, and more devices than threads may pile up
         device = hmm.SoftDevice(memory=1 << 20)
-        assert device.migrate(x) == 100
+        send(device, x)
         del device
         assert on_device(x) == 0
     assert (x == 8.0).all()

@@ -8,7 +8,7 @@ import os
 import hmm
 import numpy as np
 import pytest
-from pages import address_of, on_device, page_aligned, present_pages
+from pages import address_of, on_device, page_aligned, present_pages, send
 
 pytestmark = pytest.mark.isolated(60)
 
@@ -27,7 +27,8 @@ def test_pages_leave_the_page_table_and_come_home_by_a_touch():
         assert present_pages(x) == 0
         assert x[5] == 5.0
         assert 0 < present_pages(x) < pages
-        assert hmm.residency(x)[0] == hmm.Residency.SYSTEM
+        # The touch returns when the page is there; the migration may still be finishing.
+        assert hmm.residency(x)[0] in (hmm.Residency.SYSTEM, hmm.Residency.MIGRATING)
         assert np.array_equal(x, np.arange(MIB))
         assert present_pages(x) == pages and on_device(x) == 0
 
@@ -36,10 +37,11 @@ def test_stores_survive_both_ways():
     x = page_aligned(64 * 512)
     with hmm.SoftDevice() as device:
         for value in range(1, 20):
-            device.migrate(x)
+            send(device, x)
             x[::512] += 1.0  # one store a page, each brings its page home
-            device.migrate(x)
+            send(device, x)
             device.add(x.view("u8"), 0)
+            assert on_device(x) == 64
             assert (x[::512] == value).all()
     assert x.sum() == 64 * 19
 
@@ -119,10 +121,8 @@ def test_an_address_and_a_length_name_memory():
     x = page_aligned(8 * 512)
     with hmm.SoftDevice() as device:
         assert device.migrate((address_of(x) + 2 * PAGE + 5, PAGE)) == 2
-        wanted = [hmm.Residency.DEVICE if 2 <= page < 4 else hmm.Residency.SYSTEM for page in range(8)]
-        x[0:2] = 1.0
         states = hmm.residency((address_of(x), x.nbytes))
-        assert states[2:4] == bytes(wanted[2:4]) and states[0] == hmm.Residency.SYSTEM
+        assert [page for page, state in enumerate(states) if state == hmm.Residency.DEVICE] == [2, 3]
 
 
 def test_a_full_device_takes_what_fits():
@@ -219,7 +219,7 @@ def test_freed_arrays_free_their_device_pages():
     with hmm.SoftDevice(memory=8 * MIB) as device:
         for value in range(1, 30):  # 4 MiB each: far more than the device would hold
             x = np.full(MIB // 2, float(value))
-            assert device.migrate(x) >= x.nbytes // PAGE
+            send(device, x)
             assert device.sum(x) == value * len(x)
             del x  # munmap
             fresh = np.zeros(MIB // 2)

@@ -40,7 +40,8 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.0 >> 33) as usize) % limit
     }
 }
@@ -168,7 +169,9 @@ fn every_counter_ends_right_while_pages_migrate() {
         assert_eq!(sum(region, DEVICE), rounds * PAGES as u64);
         assert_eq!(sum(region, DEVICE_ATOMIC), atomics);
         let steps = calls.join().unwrap();
-        eprintln!("cpu rounds {shared}, device rounds {rounds}, atomics {atomics}, system calls {steps}");
+        eprintln!(
+            "cpu rounds {shared}, device rounds {rounds}, atomics {atomics}, system calls {steps}"
+        );
     });
     eprintln!("{:?}\n{:?}", mm.counters(), device.counters());
     device.close().unwrap();

@@ -41,7 +41,8 @@ impl MigrateOps for ToDevice<'_> {
             let Some(index) = self.take_in(*src) else { break };
             let page = pfn_of(self.devmem, index);
             self.devmem.set_drvdata(page, batch.range.page_at(position).get());
-            batch.dst[position] = MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
+            batch.dst[position] =
+                MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
             copied += 1;
         }
         if copied > 0 {

@@ -13,8 +13,8 @@ use hmm_core::{
     VirtAddr,
 };
 use std::fmt;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -52,8 +52,7 @@ impl SoftDevice {
         let ops: Arc<dyn DevmemOps> = Arc::clone(&state) as _;
         let devmem = Devmem::add(ops, state.owner, config.pages())?;
         let driver = Arc::new(Driver::new(Arc::clone(mm), state, Arc::clone(&devmem)));
-        let open =
-            Open { threads: Vec::new(), notifier: None, devmem: Some(devmem), pinned: None };
+        let open = Open { threads: Vec::new(), notifier: None, devmem: Some(devmem), pinned: None };
         let device = Arc::new(Self { driver, queue: Arc::default(), open: Mutex::new(open) });
         // On an error the device is dropped, which takes down what is there.
         device.start(config.threads)?;

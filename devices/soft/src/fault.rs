@@ -12,7 +12,7 @@ use crate::table::{Place, Translation};
 use hmm_core::limits::{DEADLINE, RANGE_DEADLINE};
 use hmm_core::{
     Access, AddrRange, Error, PAGE_SIZE, Pfn, PfnEntry, PfnFlags, Protection, RangeRequest, Result,
-    Vma, VirtAddr, VmaKind,
+    VirtAddr, Vma, VmaKind,
 };
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -131,7 +131,10 @@ impl Driver {
         }
         if vma.kind != VmaKind::Anonymous {
             return Err(Error::Unsupported {
-                what: format!("atomic at {}: only private anonymous memory migrates", window.start()),
+                what: format!(
+                    "atomic at {}: only private anonymous memory migrates",
+                    window.start()
+                ),
             });
         }
         self.make_room(window.pages());
@@ -196,7 +199,8 @@ pub(crate) fn never() -> Error {
 
 fn unreachable_page(touch: &Touch) -> Error {
     if touch.device {
-        let what = format!("atomic at {}: its page could not be migrated to the device", touch.addr);
+        let what =
+            format!("atomic at {}: its page could not be migrated to the device", touch.addr);
         return Error::Unsupported { what };
     }
     Error::Busy { address: touch.addr, what: "the device could not get at the page" }

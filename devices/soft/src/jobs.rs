@@ -7,8 +7,8 @@ use hmm_core::sync::{Condvar, Mutex};
 use hmm_core::{Error, Result, VirtAddr};
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Jobs that may wait at once.

@@ -19,7 +19,9 @@ impl Driver {
     pub(crate) fn execute(&self, kernel: &Kernel) -> Result<u64> {
         match *kernel {
             Kernel::Fill { dst, len, byte } => self.fill(Cursor::new(dst, len), byte),
-            Kernel::Copy { dst, src, len } => self.copy(Cursor::new(dst, len), Cursor::new(src, len)),
+            Kernel::Copy { dst, src, len } => {
+                self.copy(Cursor::new(dst, len), Cursor::new(src, len))
+            }
             Kernel::AxpyF64 { a, x, y, count } => {
                 self.axpy(a, Cursor::new(x, count * WORD), Cursor::new(y, count * WORD))
             }
@@ -104,12 +106,7 @@ impl Driver {
         Ok(0)
     }
 
-    fn sum<T: Copy>(
-        &self,
-        mut from: Cursor,
-        zero: T,
-        add: impl Fn(T, [u8; 8]) -> T,
-    ) -> Result<T> {
+    fn sum<T: Copy>(&self, mut from: Cursor, zero: T, add: impl Fn(T, [u8; 8]) -> T) -> Result<T> {
         let mut page: Page = [0; PAGE_SIZE];
         let mut sum = zero;
         self.run(|view| {

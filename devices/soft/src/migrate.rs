@@ -10,11 +10,16 @@ use hmm_core::{
     AddrRange, Devmem, Error, LEAF_SIZE, MigrateOps, MigratePfn, MigrateRequest, Mm, PAGE_SIZE,
     Residency, Result, Select, VirtAddr,
 };
-use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 /// Pages whose residency is asked for at once.
 const LOOK_PAGES: usize = 512;
+/// How often a migration comes back for pages that something else held. The core waits for nobody: a page whose CPU
+/// fault is just being finished, say, would be left behind.
+const ROUNDS: usize = 8;
+const ROUND_PAUSE: Duration = Duration::from_micros(100);
 /// Lists that are kept for the next migration.
 const SPARE_LISTS: usize = 4;
 
@@ -29,6 +34,25 @@ pub(crate) struct Driver {
     /// Device page that eviction looks at next. Pages are handed out in rising order, so the oldest come first.
     hand: Mutex<u32>,
     spare: Mutex<[Option<Mapped<MigratePfn>>; SPARE_LISTS]>,
+}
+
+/// Pages that a migration left behind.
+#[derive(Debug, Default)]
+struct Left {
+    /// Held by another migration.
+    migrating: usize,
+    /// On another device.
+    foreign: usize,
+}
+
+impl Left {
+    /// Gives other migrations a moment; false when none is in the way.
+    fn wait_for_others(&self) -> bool {
+        if self.migrating > 0 {
+            std::thread::sleep(ROUND_PAUSE);
+        }
+        self.migrating > 0
+    }
 }
 
 impl Driver {
@@ -68,16 +92,29 @@ impl Driver {
     /// Moves a piece of one vma in, also from other devices (through system memory).
     pub(crate) fn move_in(&self, piece: AddrRange) -> Result<usize> {
         let mut ops = ToDevice::new(&self.state, &self.devmem);
-        self.migrate_piece(piece, Select::SYSTEM, &mut ops)?;
-        if ops.moved < piece.pages() && self.fetch_from_others(piece)? > 0 {
+        for _ in 0..ROUNDS {
             self.migrate_piece(piece, Select::SYSTEM, &mut ops)?;
+            if ops.moved >= piece.pages() || self.state.memory.free_pages() == 0 {
+                break;
+            }
+            let left = self.look(piece)?;
+            self.fetch(piece, &left)?;
+            if !left.wait_for_others() && left.foreign == 0 {
+                break;
+            }
         }
         Ok(ops.moved)
     }
 
+    /// Moves our pages of a piece of one vma out.
     fn move_out(&self, piece: AddrRange) -> Result<usize> {
         let mut ops = ToSystem::new(&self.state, &self.devmem);
-        self.migrate_piece(piece, Select::DEVICE, &mut ops)?;
+        for _ in 0..ROUNDS {
+            self.migrate_piece(piece, Select::DEVICE, &mut ops)?;
+            if self.devmem.in_use() == 0 || !self.look(piece)?.wait_for_others() {
+                break;
+            }
+        }
         if ops.out_of_memory && ops.moved == 0 {
             return Err(Error::NoMemory { what: "system pages for device pages to come home" });
         }
@@ -100,21 +137,43 @@ impl Driver {
         done
     }
 
+    /// Why pages of a range did not move.
+    fn look(&self, range: AddrRange) -> Result<Left> {
+        let mut left = Left::default();
+        self.each_residency(range, |_, seen| {
+            left.migrating += usize::from(*seen == Residency::Migrating);
+            left.foreign += usize::from(self.is_foreign(seen));
+            Ok(())
+        })?;
+        Ok(left)
+    }
+
     /// Brings pages of a range home that are on other devices.
-    fn fetch_from_others(&self, range: AddrRange) -> Result<usize> {
-        let mut fetched = 0;
-        let mut first = 0;
-        while first < range.pages() {
-            let count = LOOK_PAGES.min(range.pages() - first);
-            let part = range.sub(first, count);
-            let mut seen = [Residency::None; LOOK_PAGES];
-            self.mm.residency(part, &mut seen[..count])?;
-            for (position, _) in seen.iter().enumerate().filter(|(_, one)| self.is_foreign(one)) {
-                fetched += self.mm.make_present(part.sub(position, 1), false)?;
-            }
-            first += count;
+    fn fetch(&self, range: AddrRange, left: &Left) -> Result<()> {
+        if left.foreign == 0 {
+            return Ok(());
         }
-        Ok(fetched)
+        self.each_residency(range, |page, seen| match self.is_foreign(seen) {
+            true => self.mm.make_present(page, false).map(|_| ()),
+            false => Ok(()),
+        })
+    }
+
+    fn each_residency(
+        &self,
+        range: AddrRange,
+        mut each: impl FnMut(AddrRange, &Residency) -> Result<()>,
+    ) -> Result<()> {
+        for first in (0..range.pages()).step_by(LOOK_PAGES) {
+            let part = range.sub(first, LOOK_PAGES.min(range.pages() - first));
+            let mut seen = [Residency::None; LOOK_PAGES];
+            let seen = &mut seen[..part.pages()];
+            self.mm.residency(part, seen)?;
+            for (position, one) in seen.iter().enumerate() {
+                each(part.sub(position, 1), one)?;
+            }
+        }
+        Ok(())
     }
 
     fn is_foreign(&self, seen: &Residency) -> bool {

@@ -1,4 +1,5 @@
 //! Several devices, several jobs, and CPU threads on the same memory.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -103,7 +104,8 @@ fn atomic_adds_of_two_devices_lose_nothing() {
 /// CPU threads and jobs count up words of their own, on pages that everyone uses, while pages move both ways.
 fn count_together(policy: Policy, pages: usize, rounds: u64) {
     let mm = mm();
-    let config = hmm_soft::SoftConfig { memory: 48 * 4096, policy, threads: 2, ..Default::default() };
+    let config =
+        hmm_soft::SoftConfig { memory: 48 * 4096, policy, threads: 2, ..Default::default() };
     let device = hmm_soft::SoftDevice::new(&mm, config).unwrap();
     let region = Region::new(pages);
     let stop = AtomicBool::new(false);

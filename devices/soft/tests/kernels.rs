@@ -1,5 +1,6 @@
 //! Every kernel under every policy, with its data in system memory, on the device, and half and half, against the
 //! same computation by the CPU.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -72,12 +73,8 @@ fn axpy_gives_the_same_bits() {
         expected[5..5 + count].copy_from_slice(&changed);
         place(&x);
         place(&y);
-        let kernel = Kernel::AxpyF64 {
-            a: 1.25,
-            x: x.address(),
-            y: y.word_address(5),
-            count: count as u64,
-        };
+        let kernel =
+            Kernel::AxpyF64 { a: 1.25, x: x.address(), y: y.word_address(5), count: count as u64 };
         device.run(kernel).unwrap();
         assert_eq!(y.all_words(), expected);
     });
@@ -88,7 +85,8 @@ fn sums_are_those_of_a_plain_loop() {
     everywhere(|device, place| {
         let floats = Region::floats(7, |index| (index as f64).sin());
         let count = floats.words() as u64 - 3;
-        let plain = (3..floats.words()).fold(0.0, |sum, index| sum + f64::from_bits(floats.get(index)));
+        let plain =
+            (3..floats.words()).fold(0.0, |sum, index| sum + f64::from_bits(floats.get(index)));
         place(&floats);
         let bits = device.run(Kernel::SumF64 { src: floats.word_address(3), count }).unwrap();
         assert_eq!(bits, f64::to_bits(plain));
@@ -225,8 +223,7 @@ fn shared_memory_is_used_in_place() {
     let device = device(&mm, 64, Policy::OnTouch);
     let region = Region::map(4, libc::MAP_SHARED, libc::PROT_READ | libc::PROT_WRITE);
     (0..region.words()).for_each(|index| region.set(index, 3));
-    let kernel =
-        Kernel::AddU64 { addr: region.address(), count: 100, stride: 8, value: 4 };
+    let kernel = Kernel::AddU64 { addr: region.address(), count: 100, stride: 8, value: 4 };
     device.run(kernel).unwrap();
     assert_eq!(device.run(common::sum_of(&region)).unwrap(), 3 * region.words() as u64 + 400);
     assert_eq!(region.pages_on_devices(&mm), 0);

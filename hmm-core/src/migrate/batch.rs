@@ -6,7 +6,7 @@ use crate::arena::Buffer;
 use crate::devmem::Devmem;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Select};
-use crate::limits::{BATCH_LEAVES, DEADLINE};
+use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
 use crate::mm::frames::{Block, SlotSet};
 use crate::mm::inflight::{Flight, is_candidate};
 use crate::mm::page_table::{Entry, Leaf, Place};
@@ -66,7 +66,7 @@ pub(super) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Locks the entries of every page that may migrate. Waits for nobody (promise 71).
+    /// Locks the entries of every page that may migrate. Once it holds one, it waits for nobody (promise 71).
     pub(super) fn hold(
         mm: &'a Arc<Mm>,
         vma: &'a Vma,
@@ -91,6 +91,7 @@ impl<'a> Batch<'a> {
             let what = "64 migrations are under way and none ends";
             return Err(Error::Busy { address: range.start(), what });
         }
+        batch.wait_for_others();
         let stack = mm.own_stack(range);
         for part in range.by_leaf() {
             let blocked = batch.blocked(part, keep.iter().flatten().chain(&stack));
@@ -98,6 +99,27 @@ impl<'a> Batch<'a> {
         }
         batch.borrow_frames();
         Ok(batch)
+    }
+
+    /// A page that just came home may still be held by the service thread that brought it. While this batch holds
+    /// nothing it can wait for others without a deadlock, for a moment; what is locked afterwards is skipped.
+    fn wait_for_others(&self) {
+        if self.mm.engine.is_service_thread() || self.mm.inflight.count_of_thread(this_thread()) > 1 {
+            return;
+        }
+        let deadline = Instant::now() + RANGE_DEADLINE;
+        for leaf in self.mm.table.leaves(self.range) {
+            let Some(part) = leaf.range().intersect(self.range) else { continue };
+            let first = part.start().index_in_leaf();
+            let mut entries = leaf.lock();
+            while entries[first..first + part.pages()].iter().any(|entry| entry.is_locked()) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return;
+                }
+                entries = leaf.wait(entries, left);
+            }
+        }
     }
 
     /// Pages that must stay: pinned ones, the caller's arrays and stack.

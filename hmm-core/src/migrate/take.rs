@@ -85,12 +85,10 @@ impl Batch<'_> {
             match stop {
                 Stop::Done => {}
                 Stop::Retry if Instant::now() < deadline => self.drain(),
+                Stop::Exists if Instant::now() < deadline && self.empty_slot(number, index) => {}
                 _ if index < end => {
                     if stop == Stop::Busy {
                         busy.insert(self.slot_of(index).1);
-                    }
-                    if stop == Stop::Exists {
-                        self.mark_populated(number, index);
                     }
                     self.release(index);
                     index += 1;
@@ -137,9 +135,8 @@ impl Batch<'_> {
         if leaf.is_some_and(|leaf| leaf.absence_watched.load(Ordering::Acquire)) {
             return Ok(());
         }
-        // Whole leaves: scattered registrations would cut the vma into pieces.
-        let wide = run.widen_to_leaves();
-        let range = wide.intersect(self.vma.range).unwrap_or(run);
+        // The whole vma: a registration of a part would cut it, and mremap refuses to move pieces.
+        let range = self.vma.range;
         self.mm.engine.watch(range, Watch::Absence)?;
         if let Some(leaf) = leaf.filter(|leaf| range.covers(leaf.range())) {
             leaf.absence_watched.store(true, Ordering::Release);
@@ -154,11 +151,17 @@ impl Batch<'_> {
         std::thread::yield_now();
     }
 
-    fn mark_populated(&mut self, number: usize, index: usize) {
-        let slot = self.slot_of(index).1;
-        if let Some(block) = &mut self.blocks[number] {
+    /// A slot that was thought empty has a page: a give that fell back from moving to copying left it there. Service
+    /// threads read the event that freeing raises, and only note it.
+    fn empty_slot(&mut self, number: usize, index: usize) -> bool {
+        let (slot, service) = (self.slot_of(index).1, self.mm.engine.is_service_thread());
+        let Some(block) = &mut self.blocks[number] else { return false };
+        if service {
             block.populated.insert(slot);
+            return false;
         }
+        self.mm.engine.empty_frames(AddrRange::page_of(block.slot(slot)));
+        true
     }
 
     /// Which taken pages have contents: the frames of holes are empty, and the zero page is as good as a hole.

@@ -136,6 +136,11 @@ impl InFlight {
         }
     }
 
+    /// Migrations that a thread has under way.
+    pub(crate) fn count_of_thread(&self, thread: usize) -> usize {
+        self.flights.lock().iter().flatten().filter(|one| one.thread == thread).count()
+    }
+
     /// The flight that the calling thread has under way and that covers an address.
     pub(crate) fn of_thread(&self, thread: usize, address: VirtAddr) -> Option<Arc<Flight>> {
         let flights = self.flights.lock();

@@ -135,7 +135,8 @@ impl Runner {
     fn run_job(&mut self, mut job: Job) {
         match process::run(&mut job.command, job.limit) {
             Ok(outcome) => {
-                let tally = Tally::of_report(outcome.success, &outcome.said());
+                let read = if job.counts { Tally::of_report } else { Tally::one };
+                let tally = read(outcome.success, &outcome.said());
                 self.note(&job.name, &outcome, tally);
             }
             Err(reason) => self.note_unstarted(&job.name, &reason),

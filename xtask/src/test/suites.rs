@@ -2,7 +2,7 @@
 
 use super::rust_tests::Program;
 use crate::workspace;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -25,27 +25,29 @@ pub(crate) struct Job {
     pub(crate) command: Command,
     /// How long at most.
     pub(crate) limit: Duration,
+    /// Whether it counts its own tests; else it is one.
+    pub(crate) counts: bool,
 }
 
 /// The examples in the documentation of the Rust crates.
 pub(crate) fn doc() -> Job {
     let mut command = workspace::cargo();
     command.args(["test", "--doc", "--workspace", "--exclude", "hmm-py", "--quiet"]);
-    job("documentation tests", command, SUITE_LIMIT)
+    suite("documentation tests", command)
 }
 
 /// The tests that are written in C.
 pub(crate) fn c() -> Job {
     let mut command = Command::new("bash");
     command.arg("tests/c/run.sh");
-    job("tests/c/run.sh", command, SUITE_LIMIT)
+    suite("tests/c/run.sh", command)
 }
 
 /// The Python tests.
 pub(crate) fn python() -> Job {
     let mut command = interpreter();
     command.args(["-m", "pytest", "-q", "-rs", "hmm-py/tests"]);
-    job("hmm-py/tests", command, SUITE_LIMIT)
+    suite("hmm-py/tests", command)
 }
 
 /// Every example, in its small form.
@@ -54,36 +56,32 @@ pub(crate) fn examples(programs: &[Program]) -> Result<Vec<Job>, String> {
     let mut jobs = Vec::new();
     for source in workspace::files(&root.join("examples/c"), &["c"])? {
         let stem = source.file_stem().unwrap_or_default();
-        jobs.push(example(
-            &root,
-            &source,
-            Command::new(workspace::target_dir().join("demo").join(stem)),
-        ));
+        let built = workspace::target_dir().join("demo").join(stem);
+        jobs.push(example(&workspace::below(&root, &source), Command::new(built)));
     }
     for program in programs.iter().filter(|program| program.is_example && !program.is_test) {
-        jobs.push(job(&format!("example {}", program.name), program.command(), EXAMPLE_LIMIT));
+        let name = format!("examples/rust/{}.rs", program.name);
+        jobs.push(example(&name, Command::new(&program.path)));
     }
     for script in workspace::files(&root.join("examples/python"), &["py"])? {
         let mut command = interpreter();
         command.arg(&script);
-        jobs.push(example(&root, &script, command));
+        jobs.push(example(&workspace::below(&root, &script), command));
     }
     Ok(jobs)
 }
 
-fn example(root: &Path, source: &Path, mut command: Command) -> Job {
-    let name = workspace::below(root, source);
+fn example(name: &str, mut command: Command) -> Job {
+    command.current_dir(workspace::root());
     if let Some((_, arguments)) = SMALL.iter().find(|(example, _)| *example == name) {
         command.args(*arguments);
     }
-    job(&name, command, EXAMPLE_LIMIT)
+    Job { name: name.to_string(), command, limit: EXAMPLE_LIMIT, counts: false }
 }
 
-fn job(name: &str, mut command: Command, limit: Duration) -> Job {
-    if command.get_current_dir().is_none() {
-        command.current_dir(workspace::root());
-    }
-    Job { name: name.to_string(), command, limit }
+fn suite(name: &str, mut command: Command) -> Job {
+    command.current_dir(workspace::root());
+    Job { name: name.to_string(), command, limit: SUITE_LIMIT, counts: true }
 }
 
 /// The interpreter that `make python` set up.

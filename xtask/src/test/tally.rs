@@ -44,9 +44,7 @@ impl Tally {
     pub(crate) fn of_report(success: bool, report: &str) -> Self {
         let mut tally = tap(report);
         if tally == Self::default() {
-            for line in report.lines() {
-                tally += closing_line(line);
-            }
+            tally = closing_lines(report);
         }
         if tally == Self::default() {
             return Self::one(success, report);
@@ -78,12 +76,22 @@ fn tap(report: &str) -> Tally {
     tally
 }
 
-/// Reads `3 passed, 1 skipped in 0.1s` and `test result: ok. 3 passed; 0 failed; 1 ignored`.
-fn closing_line(line: &str) -> Tally {
+/// Cargo closes each program's part with a line of its own; every other runner has one closing line, the last.
+fn closing_lines(report: &str) -> Tally {
     let mut tally = Tally::default();
-    if !line.contains(" passed") && !line.contains(" failed") && !line.contains(" skipped") {
+    report
+        .lines()
+        .filter(|line| line.starts_with("test result:"))
+        .for_each(|line| tally += counts(line));
+    if tally != Tally::default() {
         return tally;
     }
+    report.lines().rev().map(counts).find(|line| *line != Tally::default()).unwrap_or_default()
+}
+
+/// Reads `3 passed, 1 skipped in 0.1s` and `test result: ok. 3 passed; 0 failed; 1 ignored`.
+fn counts(line: &str) -> Tally {
+    let mut tally = Tally::default();
     let words: Vec<&str> =
         line.split([' ', ',', ';', '=']).filter(|word| !word.is_empty()).collect();
     for pair in words.windows(2) {

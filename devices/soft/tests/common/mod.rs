@@ -1,5 +1,6 @@
 //! What the tests share: mapped memory that is only touched through raw pointers, and devices.
 #![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use hmm_core::{AddrRange, Mm, PAGE_SIZE, Residency};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};

@@ -84,6 +84,17 @@ impl UffdEngine {
         progress(result, request.done, pages)
     }
 
+    /// One call works on one kernel vma, and what the process mapped as one may be several. When a call over several
+    /// pages was refused: the pages before the first border, if there is one.
+    fn first_piece(&self, range: AddrRange, progress: &Progress) -> Option<usize> {
+        if progress.stop != Stop::Refused || progress.pages > 0 || range.pages() == 1 {
+            return None;
+        }
+        let mapping = self.view.mapping_at(range.start()).ok()??;
+        let piece = mapping.range.intersect(range).filter(|piece| piece.start() == range.start())?;
+        (piece.pages() < range.pages()).then(|| piece.pages())
+    }
+
     fn copy_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {
         let mut request = Transfer {
             destination: to.get(),
@@ -191,18 +202,28 @@ impl Engine for UffdEngine {
     }
 
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
-        self.move_pages(frame, range.start(), range.pages())
+        let progress = self.move_pages(frame, range.start(), range.pages());
+        match self.first_piece(range, &progress) {
+            Some(pages) => self.move_pages(frame, range.start(), pages),
+            None => progress,
+        }
     }
 
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {
-        if how == Give::Move {
-            let progress = self.move_pages(range.start(), frame, range.pages());
+        let to = range.start();
+        let progress = match how {
+            Give::Move => self.move_pages(to, frame, range.pages()),
+            Give::Copy => self.copy_pages(to, frame, range.pages()),
+        };
+        match (self.first_piece(range, &progress), how) {
+            (Some(pages), Give::Move) => self.move_pages(to, frame, pages),
+            (Some(pages), Give::Copy) => self.copy_pages(to, frame, pages),
             // A vma that became read-only or locked cannot be moved into, but it can be copied into.
-            if progress.stop != Stop::Refused || progress.pages > 0 {
-                return progress;
+            (None, Give::Move) if progress.stop == Stop::Refused && progress.pages == 0 => {
+                self.copy_pages(to, frame, range.pages())
             }
+            _ => progress,
         }
-        self.copy_pages(range.start(), frame, range.pages())
     }
 
     fn zero(&self, page: VirtAddr, write: bool) -> Progress {

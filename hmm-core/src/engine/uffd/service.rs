@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 const THREADS: usize = 1024;
-const STACK: usize = 1 << 20;
+const STACK: usize = 512 << 10;
 /// A fault that needs other events to be read first is tried again so often before it is woken to fault anew.
 const TRIES: usize = 64;
 
@@ -142,6 +142,7 @@ impl Shared {
         block_signals();
         if let (Some(stack), Some(sink)) = (own_stack(), &*self.sink.read()) {
             sink.on_own_memory(stack);
+            populate(stack);
         }
         self.handles[number].store(this_thread(), Ordering::Relaxed);
         let id = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
@@ -265,6 +266,13 @@ fn block_signals() {
     unsafe { libc::sigfillset(all.as_mut_ptr()) };
     // SAFETY: `all` is initialised, and a null old set is allowed.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
+}
+
+/// The kernel may join a stack to a neighbouring mapping of the process, and watch both: no page of it may be absent.
+fn populate(stack: AddrRange) {
+    let (start, len) = (stack.start().as_ptr().cast(), stack.len() as usize);
+    // SAFETY: populating changes no contents. A part that cannot be populated is above the stack.
+    let _ = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxPopulateWrite) };
 }
 
 /// The calling thread's stack, with the thread control block above it.

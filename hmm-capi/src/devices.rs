@@ -53,7 +53,8 @@ static NUMBERING: Mutex<()> = Mutex::new(());
 fn new(drvdata: *mut c_void) -> Result<*mut hmm_device> {
     let _guard = lock(&NUMBERING);
     let taken = |minor: u32| DEVICES.find(|device| device.minor == minor).is_some();
-    let busy = Error::Busy { address: VirtAddr::new(0), what: "all 256 hmm_device numbers are taken" };
+    let busy =
+        Error::Busy { address: VirtAddr::new(0), what: "all 256 hmm_device numbers are taken" };
     let minor = (0..DEVICES_MAX as u32).find(|minor| !taken(*minor)).ok_or(busy)?;
     let handle = DEVICES.insert(Arc::new(Device { minor }))?;
     let public = hmm_device::EMPTY;

@@ -38,6 +38,7 @@ mod tests {
             assert_eq!(to_pfn(from_pfn(Pfn::new(number))), Some(Pfn::new(number)));
         }
         assert_eq!(to_pfn(ptr::null()), None);
-        assert_eq!(to_pfn((&raw const TAG).cast()), None);
+        let foreign = 7_u64;
+        assert_eq!(to_pfn((&raw const foreign).cast()), None);
     }
 }

@@ -1,0 +1,201 @@
+#if !defined(__linux__) || !defined(__LP64__)
+#error "libhmm needs 64-bit Linux"
+#endif
+
+/**
+ * @file hmm.h
+ * Heterogeneous memory management in user space.
+ *
+ * Linux HMM lets a kernel driver mirror a process's address space into its device's page table, keep the two in step, and
+ * migrate ordinary pages to device memory and back; when the CPU touches a migrated page it faults, and the driver brings
+ * the page home. This library is that for drivers in user space, on the real memory of the process they run in: plain
+ * malloc(), mmap(), any pointer.
+ *
+ * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers of its age (kernels v4.14 to
+ * v4.17). What is ours and not the kernel's begins with hmm_mm_, hmm_soft_, or is marked "Source: ours". Numbered promises
+ * (1 to 82) are the statements of hmm.txt that the tests of this project are named after.
+ *
+ * A driver in five steps (examples/c/driver.c is the whole of it):
+ *
+ *  1. hmm_mm_current() gives the address space; hmm_pin_range() keeps the driver's own memory from migrating.
+ *  2. hmm_mirror_register(): from now on sync_cpu_device_pagetables is called for each change of the CPU page table. It takes
+ *     the driver's update lock and drops what the device knew of the range.
+ *  3. To let the device use a range: hmm_mm_read_lock(), find_vma(), hmm_vma_fault(); then, under the update lock,
+ *     hmm_vma_range_done(): if it is true, write the device's page table, else start over.
+ *  4. hmm_devmem_add() gives device memory pages; migrate_vma() moves pages there and back.
+ *  5. The fault callback brings a page home when the CPU touches it, by migrate_vma(); the free callback gets the device
+ *     page back.
+ *
+ * Conventions
+ *
+ *  - Functions return 0 or a count, or a negative errno. Functions that return a pointer return ERR_PTR(-errno), or NULL where
+ *    they say so. hmm_last_error() has the text of the thread's last error. An error changes nothing, except where the
+ *    function says so.
+ *  - Handles (struct mm_struct, struct vm_area_struct, struct hmm_devmem, struct hmm_device, struct hmm_soft_device) are
+ *    checked: NULL, foreign pointers and handles that were given back are refused with -EINVAL. Other pointers must be valid;
+ *    NULL and misaligned ones are refused.
+ *  - Addresses of ranges are unsigned long where the kernel's are, and pointers in functions of ours. A page is 4 KiB.
+ *  - A struct of ours that may grow begins with its size. A shorter one than the library knows is an older one; a longer one
+ *    must be zero behind what the library knows.
+ *  - Callbacks are called with no lock of the library held, and their structs are copied when they are handed over. They run on
+ *    the thread that caused them, which for CPU faults and for layout changes of the process is a service thread of the
+ *    library. So they must not touch memory that may migrate: not the heap, not a global, unless pinned. They must not call
+ *    malloc(), printf() and the like, and must not leave by longjmp() or an exception. They may call the functions whose
+ *    Context says "callbacks included", and what their own description allows.
+ *  - Any function may be called from any thread, except where it says otherwise.
+ *  - After fork() the child starts clean: handles of the parent are refused with -ENODEV.
+ *  - The library stays loaded once it is: dlclose() does not unload it.
+ *
+ * To compile: cc -I... program.c -lhmm. Define before the include, if wanted:
+ *
+ *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see the end of this file).
+ *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn, find_vma, container_of, ...);
+ *    each has a name with hmm_ in front that is always there.
+ *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs with a struct device of
+ *    their own.
+ */
+
+/* The version of this header: of the interface it describes, and of the library it was generated from. */
+#define HMM_VERSION_MAJOR @MAJOR@
+#define HMM_VERSION_MINOR @MINOR@
+#define HMM_VERSION_PATCH @PATCH@
+#define HMM_VERSION_STRING "@MAJOR@.@MINOR@.@PATCH@"
+/** A version as one number, to compare with: HMM_VERSION(0, 1, 0). */
+#define HMM_VERSION(major, minor, patch) (((major) << 16) | ((minor) << 8) | (patch))
+/** The version of this header as one number; hmm_version() is that of the library that runs. */
+#define HMM_VERSION_NUMBER HMM_VERSION(HMM_VERSION_MAJOR, HMM_VERSION_MINOR, HMM_VERSION_PATCH)
+
+/*
+ * Pages. System memory is numbered by its address (pfn = address >> 12), as behind an IOMMU that maps the addresses of the
+ * process one to one. Device memory has pfns of its own, from HMM_DEVICE_PFN on.
+ */
+#define HMM_PAGE_SHIFT 12
+#define HMM_PAGE_SIZE (1UL << HMM_PAGE_SHIFT)
+#define HMM_PAGE_MASK (~(HMM_PAGE_SIZE - 1))
+/** First pfn of device memory. */
+#define HMM_DEVICE_PFN (1UL << 36)
+
+/*
+ * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those of kernel v4.14. With
+ * HMM_API_4_17 the same names are indices into the driver's own tables.
+ */
+#ifndef HMM_API_4_17
+/** The entry holds a pfn. */
+#define HMM_PFN_VALID (1UL << 0)
+/** The mapping is readable. */
+#define HMM_PFN_READ (1UL << 1)
+/** The page can be written now, without a fault. */
+#define HMM_PFN_WRITE (1UL << 2)
+/** The memory is poisoned, or the page cannot be had. */
+#define HMM_PFN_ERROR (1UL << 3)
+/** Nothing is there yet: never touched, or dropped. */
+#define HMM_PFN_EMPTY (1UL << 4)
+/** Driver memory and the like: never mirror it; the pfn means nothing. */
+#define HMM_PFN_SPECIAL (1UL << 5)
+/** The page is device memory, which the CPU cannot address. */
+#define HMM_PFN_DEVICE_UNADDRESSABLE (1UL << 6)
+/** Position of the pfn in an entry. */
+#define HMM_PFN_SHIFT 7
+#else
+/** Indices into range->flags: the driver's own bits. */
+enum hmm_pfn_flag_e {
+  /** Holds a pfn, and is readable. In a request: make it present. */
+  HMM_PFN_VALID = 0,
+  /** Can be written. In a request: make it writable. */
+  HMM_PFN_WRITE,
+  /** Device memory. In a request: bring it home. */
+  HMM_PFN_DEVICE_PRIVATE,
+  /** Entries of range->flags. */
+  HMM_PFN_FLAG_MAX
+};
+/** Indices into range->values: the driver's own whole entries. */
+enum hmm_pfn_value_e {
+  /** Poisoned, or cannot be had. */
+  HMM_PFN_ERROR,
+  /** Nothing is there. Choose 0. */
+  HMM_PFN_NONE,
+  /** Never mirror it. */
+  HMM_PFN_SPECIAL,
+  /** Entries of range->values. */
+  HMM_PFN_VALUE_MAX
+};
+#endif
+
+/* Entries of src and dst of migrate_vma(); the values are the kernel's. */
+/** The entry holds a pfn. */
+#define MIGRATE_PFN_VALID (1UL << 0)
+/** In src: will migrate (in alloc_and_copy), did migrate (in finalize_and_map and afterwards). */
+#define MIGRATE_PFN_MIGRATE (1UL << 1)
+/** The page is locked by the migration; the driver sets it in dst. */
+#define MIGRATE_PFN_LOCKED (1UL << 2)
+/** In src: the page was writable. */
+#define MIGRATE_PFN_WRITE (1UL << 3)
+/** The page is device memory. */
+#define MIGRATE_PFN_DEVICE (1UL << 4)
+/** In dst, without VALID: the driver lost the data; a touch of the page gets SIGBUS. */
+#define MIGRATE_PFN_ERROR (1UL << 5)
+/** Position of the pfn in an entry. */
+#define MIGRATE_PFN_SHIFT 6
+
+/* What a fault callback returns; it may also return 0. The values are those of kernel v4.14. */
+/** There is no memory now: the access is tried again. */
+#define VM_FAULT_OOM 0x0001
+/** The data is lost: the access gets SIGBUS. */
+#define VM_FAULT_SIGBUS 0x0002
+/** Done, and it took a transfer. Means the same as 0. */
+#define VM_FAULT_MAJOR 0x0004
+
+/* Flags that a fault callback receives; the values are the kernel's. */
+/** The access is a write. */
+#define FAULT_FLAG_WRITE 0x01
+/** Not a touch by the CPU, but a request of the library: eviction, hmm_make_present(), closing. */
+#define FAULT_FLAG_REMOTE 0x80
+
+/* Flags of a mapping, from hmm_vma_flags(); the values are the kernel's. */
+/** Readable. */
+#define VM_READ 0x00000001UL
+/** Writable. */
+#define VM_WRITE 0x00000002UL
+/** Executable. */
+#define VM_EXEC 0x00000004UL
+/** Shared with other processes, or with a file. */
+#define VM_SHARED 0x00000008UL
+/** Driver memory and the like: never mirrored. */
+#define VM_PFNMAP 0x00000400UL
+/** Memory of hugetlbfs: never mirrored. */
+#define VM_HUGETLB 0x00400000UL
+
+/* Where a page is, from hmm_residency(). */
+/** Mapped, but never touched or dropped again: reads as zeros. */
+#define HMM_RESIDENCY_NONE 0
+/** In system memory. */
+#define HMM_RESIDENCY_SYSTEM 1
+/** On a device. */
+#define HMM_RESIDENCY_DEVICE 2
+/** On its way. */
+#define HMM_RESIDENCY_MIGRATING 3
+/** Lost by its device: a touch gets SIGBUS. */
+#define HMM_RESIDENCY_POISONED 4
+/** Nothing is mapped there. */
+#define HMM_RESIDENCY_UNMAPPED 5
+
+/* When the soft device takes pages. */
+/** When hmm_soft_migrate() asks for it, and for atomic operations. */
+#define HMM_SOFT_ON_REQUEST 0
+/** Also when a kernel touches them; the oldest pages make room. */
+#define HMM_SOFT_ON_TOUCH 1
+/** Never: kernels work on system memory in place; hmm_soft_migrate() and atomic operations are refused. */
+#define HMM_SOFT_NEVER 2
+
+struct hmm_mirror;
+struct hmm_devmem;
+
+/** The kernel's type for entries at the level of 2 MiB. */
+typedef struct pmd_t pmd_t;
+
+/* The page that a fault callback receives is const in the form of v4.17. */
+#ifdef HMM_API_4_17
+#define HMM_FAULT_PAGE const struct page
+#else
+#define HMM_FAULT_PAGE struct page
+#endif

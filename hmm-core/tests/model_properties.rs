@@ -1,0 +1,57 @@
+//! Random sequences of everything a program, its devices and the library's callers can do, on the model engine,
+//! against a plain map: after each step every byte is what the map says, wherever it is; at the end nothing is lost.
+//!
+//! More cases: `PROPTEST_CASES=10000 cargo test --test model_properties`.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on may stop")]
+
+mod support;
+
+use hmm_core::Mm;
+use hmm_core::engine::model::{ModelConfig, ModelEngine, ModelFaults};
+use proptest::prelude::*;
+use support::steps::{Step, sequences};
+use support::world::World;
+
+const CASES: u32 = 64;
+const LONGEST: usize = 60;
+
+fn config() -> ProptestConfig {
+    let mut config = ProptestConfig { max_shrink_time: 60_000, ..ProptestConfig::default() };
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = CASES;
+    }
+    config
+}
+
+fn trouble() -> impl Strategy<Value = ModelFaults> {
+    let rate = || prop_oneof![Just(0_u32), 2..8_u32];
+    (rate(), rate(), rate(), rate(), rate()).prop_map(|(retry, busy, no_memory, partial, late)| {
+        ModelFaults { retry, busy, no_memory, partial, late_drop: late, streak: 4 }
+    })
+}
+
+fn run(seed: u64, faults: ModelFaults, steps: &[Step]) -> Result<(), TestCaseError> {
+    let engine = ModelEngine::new(ModelConfig { seed, ..ModelConfig::default() });
+    let mm = Mm::with_engine(engine.clone()).unwrap();
+    let mut world = World::new(engine, mm, faults).unwrap();
+    for (number, step) in steps.iter().enumerate() {
+        world
+            .step(*step)
+            .map_err(|wrong| TestCaseError::fail(format!("step {number}, {step:?}: {wrong}")))?;
+    }
+    world.finish().map_err(|wrong| TestCaseError::fail(format!("at the end: {wrong}")))
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn every_byte_is_where_it_should_be(
+        seed in any::<u64>(),
+        faults in trouble(),
+        steps in sequences(LONGEST),
+    ) {
+        run(seed, faults, &steps.0)?;
+    }
+}
