@@ -1,4 +1,5 @@
 //! libhmm in twenty lines: a vector goes to a device and comes home by itself.
+#![expect(clippy::print_stdout, reason = "an example shows what happens")]
 
 use hmm_core::{AddrRange, Mm, VirtAddr};
 use hmm_soft::{Kernel, SoftConfig, SoftDevice};

@@ -223,6 +223,62 @@ pub unsafe extern "C" fn hmm_mm_write(
     get(mm).and_then(write).into_c()
 }
 
+/// Reads memory of the process only if that needs no waiting: for a device engine that works under the driver's update
+/// lock, where a fault would wait for itself.
+///
+/// @param mm      The address space.
+/// @param addr    First byte to read; need not be mapped.
+/// @param buffer  Where the bytes go; memory of the caller that does not migrate.
+/// @param length  Bytes to read.
+/// @return True when all bytes were read. False when some page of them is not present (it is on a device, on its way, never
+/// touched, not mapped); then buffer may be partly written. Let go of the lock, use hmm_vma_fault(), and try again. Also
+/// false for bad arguments.
+///
+/// Context: any thread, callbacks included; does not block.
+/// Source: ours; stands for an access through the device's page table.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hmm_mm_peek(
+    mm: *mut mm_struct,
+    addr: *const c_void,
+    buffer: *mut c_void,
+    length: usize,
+) -> bool {
+    let Ok(mm) = get(mm) else { return false };
+    if check_buffer(buffer, length).is_err() {
+        return false;
+    }
+    // SAFETY: the caller promises `length` writable bytes at `buffer`.
+    let out = unsafe { std::slice::from_raw_parts_mut(buffer.cast::<u8>(), length) };
+    mm.core.peek(VirtAddr::from_ptr(addr), out)
+}
+
+/// Writes memory of the process only if that needs no waiting; see hmm_mm_peek().
+///
+/// @param mm      The address space.
+/// @param addr    First byte to write; need not be mapped.
+/// @param buffer  The bytes; memory of the caller that does not migrate.
+/// @param length  Bytes to write.
+/// @return True when all bytes were written. False when some page of them is not present or not writable; then the bytes of
+/// earlier pages may be written. Also false for bad arguments.
+///
+/// Context: any thread, callbacks included; does not block.
+/// Source: ours; stands for an access through the device's page table.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hmm_mm_poke(
+    mm: *mut mm_struct,
+    addr: *mut c_void,
+    buffer: *const c_void,
+    length: usize,
+) -> bool {
+    let Ok(mm) = get(mm) else { return false };
+    if check_buffer(buffer, length).is_err() {
+        return false;
+    }
+    // SAFETY: the caller promises `length` readable bytes at `buffer`.
+    let data = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), length) };
+    mm.core.poke(VirtAddr::from_ptr(addr), data)
+}
+
 /// Runs `call` on the pages touched by `length` bytes at `addr`.
 fn on_range<R>(
     mm: *const mm_struct,

@@ -10,6 +10,7 @@ mod support;
 use hmm_core::Mm;
 use hmm_core::engine::model::{ModelConfig, ModelEngine, ModelFaults};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 use support::steps::{Step, sequences};
 use support::world::World;
 
@@ -17,9 +18,14 @@ const CASES: u32 = 64;
 const LONGEST: usize = 60;
 
 fn config() -> ProptestConfig {
-    let mut config = ProptestConfig { max_shrink_time: 60_000, ..ProptestConfig::default() };
+    let failures = FileFailurePersistence::WithSource("regressions");
+    let mut config =
+        ProptestConfig { failure_persistence: Some(Box::new(failures)), ..ProptestConfig::default() };
     if std::env::var_os("PROPTEST_CASES").is_none() {
         config.cases = CASES;
+    }
+    if std::env::var_os("PROPTEST_MAX_SHRINK_TIME").is_none() {
+        config.max_shrink_time = 60_000;
     }
     config
 }

@@ -101,7 +101,7 @@ impl Mm {
 
     /// Brings the memory home and keeps it there until the `Pin` that is returned goes.
     ///
-    /// Raises `hmm.Error`: `EFAULT` where nothing is mapped, `ENOMEM` with too many pins.
+    /// Raises `hmm.Error`: `ENOMEM` with too many pins, `EBUSY` when a page does not come home in time.
     fn pin(&self, py: Python<'_>, memory: Memory) -> PyResult<Pin> {
         Pin::new(py, &self.inner, memory)
     }

@@ -44,7 +44,7 @@ def test_address_pairs_are_checked():
 
 def test_unmapped_memory_is_efault():
     with hmm.SoftDevice() as device:
-        for call in (device.migrate, hmm.make_present, hmm.pin):
+        for call in (device.migrate, hmm.make_present):
             with pytest.raises(hmm.Error) as caught:
                 call((0x1000, 4096))
             assert caught.value.errno == errno.EFAULT, call

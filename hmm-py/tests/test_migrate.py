@@ -4,6 +4,8 @@ import array
 import ctypes
 import mmap
 import os
+import time
+from collections.abc import Callable
 
 import hmm
 import numpy as np
@@ -14,6 +16,10 @@ pytestmark = pytest.mark.isolated(60)
 
 MIB = 1 << 20
 PAGE = hmm.PAGE_SIZE
+
+
+def private(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def test_pages_leave_the_page_table_and_come_home_by_a_touch():
@@ -66,7 +72,7 @@ def test_bring_home_counts_and_counters_agree():
 
 def test_rss_falls_as_pages_leave():
     # rss of the anonymous memory of this array alone: the device's own memory is another mapping.
-    store = mmap.mmap(-1, 32 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    store = private(32 * MIB)
     x = np.frombuffer(store, "float64")
     x[:] = 2.0
     with hmm.SoftDevice(memory=64 * MIB) as device:
@@ -94,7 +100,7 @@ def rss_of(start: int, size: int) -> int:
 
 def exporters():
     store = np.full(3 * PAGE, 7, "uint8")
-    anonymous = mmap.mmap(-1, 3 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    anonymous = private(3 * PAGE)
     anonymous[:] = b"\7" * (3 * PAGE)
     return {
         "numpy": store,
@@ -157,7 +163,7 @@ def test_make_present_brings_home_and_populates():
         device.migrate(x)
         assert hmm.make_present(x, write=True) == 50
         assert present_pages(x) == 50 and on_device(x) == 0
-    fresh = mmap.mmap(-1, 20 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fresh = private(20 * PAGE)
     view = np.frombuffer(fresh, "uint8")
     assert present_pages(view) == 0
     assert hmm.make_present(fresh, write=True) == 0
@@ -215,17 +221,44 @@ def test_system_calls_on_migrated_memory(tmp_path):
         assert target[PAGE:].tobytes() == plain[:-PAGE]
 
 
-def test_freed_arrays_free_their_device_pages():
+def test_unmapped_memory_frees_its_device_pages():
     with hmm.SoftDevice(memory=8 * MIB) as device:
-        for value in range(1, 30):  # 4 MiB each: far more than the device would hold
+        for value in range(1, 30):  # 4 MiB each: together far more than the device holds
+            store = private(4 * MIB)
+            store[:] = bytes([value]) * len(store)
+            send(device, store)
+            assert device.sum(np.frombuffer(store, "u8")) == value * 0x0101010101010101 * (MIB // 2) % (1 << 64)
+            store.close()
+            fresh = private(4 * MIB)
+            assert not any(fresh[::PAGE]), "stale device data in a new mapping"
+            fresh.close()
+        assert_soon(lambda: hmm.counters()["device_pages"] == 0)
+
+
+def test_freed_arrays_leave_no_data_behind():
+    with hmm.SoftDevice(memory=8 * MIB) as device:
+        for value in range(1, 30):
             x = np.full(MIB // 2, float(value))
             send(device, x)
             assert device.sum(x) == value * len(x)
-            del x  # munmap
-            fresh = np.zeros(MIB // 2)
-            assert not fresh.any(), "stale device data in a new mapping"
-            del fresh
-        assert hmm.counters()["device_pages"] == 0
+            del x
+            assert not np.zeros(MIB // 2).any()
+
+
+def assert_soon(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_shared_memory_stays_and_the_device_works_on_it_in_place():
+    shared = mmap.mmap(-1, 16 * PAGE)
+    shared[:] = b"\1" * len(shared)
+    with hmm.SoftDevice() as device:
+        assert device.migrate(shared) == 0
+        device.fill(memoryview(shared)[PAGE : 2 * PAGE], 2)
+    assert shared[:] == b"\1" * PAGE + b"\2" * PAGE + b"\1" * 14 * PAGE
 
 
 def test_python_objects_survive_the_migration_of_their_own_memory():

@@ -8,8 +8,20 @@ use std::path::Path;
 
 /// What hmm-capi exports, in the order in which a reader meets it.
 const SOURCES: &[&str] = &[
-    "version", "error", "mm", "counters", "vma", "mirror", "range", "range_4_17", "pages", "devices",
-    "devmem", "migrate", "soft", "soft_kernels",
+    "version",
+    "error",
+    "mm",
+    "counters",
+    "vma",
+    "mirror",
+    "range",
+    "range_4_17",
+    "pages",
+    "devices",
+    "devmem",
+    "migrate",
+    "soft",
+    "soft_kernels",
 ];
 const HEADER: &str = "include/hmm.h";
 const WARNING: &str =

@@ -26,7 +26,10 @@ fn every_block_of_code_is_an_example() {
         assert!(!shown.is_empty(), "README.md shows {language}");
         for block in shown {
             let found = examples.iter().any(|(_, text)| text.contains(block.trim()));
-            assert!(found, "no file in examples/{language} holds this block of README.md:\n{block}");
+            assert!(
+                found,
+                "no file in examples/{language} holds this block of README.md:\n{block}"
+            );
         }
     }
 }

@@ -1,4 +1,7 @@
 //! Device memory: pages that no pointer of the process leads to, and the list of those that are free.
+//!
+//! Unsafe code is here because copies between frames and device memory go by address: neither may ever be behind a
+//! Rust reference.
 
 use crate::mapped::Mapped;
 use hmm_core::sync::Mutex;

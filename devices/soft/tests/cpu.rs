@@ -6,6 +6,7 @@ mod common;
 use common::{POLICIES, Region, WORDS, device, mm, sum_of};
 use hmm_core::{PAGE_SIZE, Residency};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
+use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -82,16 +83,11 @@ fn system_calls_wait_for_migrated_pages() {
     let device = device(&mm, 64, Policy::OnRequest);
     let region = Region::counting(8, 1);
     assert_eq!(device.migrate(region.range()).unwrap(), 8);
-    let mut pipe = [0; 2];
-    // SAFETY: `pipe` has room for two descriptors; the buffers are mapped and large enough.
-    unsafe {
-        assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
-        let from = region.range().start().as_ptr().cast_const().cast();
-        assert_eq!(libc::write(pipe[1], from, 8 * PAGE_SIZE), 8 * PAGE_SIZE as isize);
-        let mut back = vec![0_u8; 8 * PAGE_SIZE];
-        assert_eq!(libc::read(pipe[0], back.as_mut_ptr().cast(), back.len()), back.len() as isize);
-        assert_eq!(back, region.all_bytes());
-    }
+    let (mut from, to) = std::io::pipe().unwrap();
+    region.write_to(&to);
+    let mut back = vec![0; 8 * PAGE_SIZE];
+    from.read_exact(&mut back).unwrap();
+    assert_eq!(back, region.all_bytes());
     assert_eq!(device.migrate(region.range()).unwrap(), 8);
     let mut out = vec![0; 100];
     assert_eq!(mm.read(region.page(3).start(), &mut out).unwrap(), 100);
@@ -131,18 +127,7 @@ fn a_new_mapping_at_an_old_address_is_clean() {
                 device.migrate(region.range()).unwrap();
             }
             device.run(sum_of(&region)).unwrap();
-            // SAFETY: replaces our own mapping, whose contents nobody needs.
-            let again = unsafe {
-                libc::mmap(
-                    region.range().start().as_ptr().cast(),
-                    16 * PAGE_SIZE,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
-                    -1,
-                    0,
-                )
-            };
-            assert_eq!(again.addr() as u64, region.address());
+            region.replace();
             region.set(3, round);
             assert_eq!(device.run(sum_of(&region)).unwrap(), round, "{policy:?}");
             assert_eq!(region.all_words().iter().sum::<u64>(), round);
@@ -161,19 +146,7 @@ fn moved_mappings_keep_their_contents() {
             device.migrate(region.range()).unwrap();
         }
         let sum = device.run(sum_of(&region)).unwrap();
-        let bytes = region.bytes() as usize;
-        // SAFETY: moves one mapping of ours onto another; both are only used at the new place afterwards.
-        let moved = unsafe {
-            libc::mremap(
-                region.range().start().as_ptr().cast(),
-                bytes,
-                bytes,
-                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
-                place.range().start().as_ptr(),
-            )
-        };
-        assert_eq!(moved.addr() as u64, place.address());
-        region.forget();
+        region.move_onto(&place);
         assert_eq!(device.run(sum_of(&place)).unwrap(), sum, "{policy:?}");
         assert_eq!(place.all_words().iter().sum::<u64>(), sum);
         device.close().unwrap();
@@ -193,7 +166,7 @@ fn unmapping_under_a_running_kernel_ends_it_with_an_error() {
             stride: 8,
             value: 1,
         });
-        region.unmap();
+        drop(region);
         match job.unwrap().wait(Duration::from_secs(20)) {
             Ok(_) => {}
             Err(error) => assert_eq!(error.errno(), libc::EFAULT, "{policy:?} {error}"),
@@ -239,11 +212,7 @@ fn migrated_pages_leave_the_cpus_page_table_and_rss() {
     let region = Region::counting(pages, 1);
     let before = anonymous_rss();
     assert_eq!(device.migrate(region.range()).unwrap(), pages);
-    let mut present = vec![0_u8; pages];
-    let (start, bytes) = (region.range().start().as_ptr(), pages * PAGE_SIZE);
-    // SAFETY: `present` has one byte for each page of the mapping.
-    assert_eq!(unsafe { libc::mincore(start.cast(), bytes, present.as_mut_ptr()) }, 0);
-    assert!(present.iter().all(|page| page & 1 == 0));
+    assert_eq!(region.pages_in_core(), 0);
     assert!(anonymous_rss() + 20_000 < before, "{} pages before, {} now", before, anonymous_rss());
     device.close().unwrap();
     assert_eq!(region.get(512), 513);

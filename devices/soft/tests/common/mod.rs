@@ -1,9 +1,11 @@
-//! What the tests share: mapped memory that is only touched through raw pointers, and devices.
+//! What the tests share: mapped memory that is only touched through raw pointers and system calls, hence the unsafe
+//! code, and devices.
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use hmm_core::{AddrRange, Mm, PAGE_SIZE, Residency};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -92,18 +94,62 @@ impl Region {
         self.all_words().into_iter().flat_map(u64::to_ne_bytes).collect()
     }
 
-    pub(crate) fn advise(&self, first: usize, pages: usize, advice: i32) {
-        let range = self.range().sub(first, pages);
-        let start = range.start().as_ptr();
-        // SAFETY: inside the mapping; the tests expect contents to change.
-        assert_eq!(unsafe { libc::madvise(start.cast(), pages * PAGE_SIZE, advice) }, 0);
+    fn at(&self, page: usize) -> *mut libc::c_void {
+        self.range().page_at(page).as_ptr().cast()
     }
 
-    pub(crate) fn unmap(self) {}
+    pub(crate) fn advise(&self, first: usize, pages: usize, advice: i32) {
+        // SAFETY: inside the mapping; the tests expect contents to change.
+        let done = unsafe { libc::madvise(self.at(first), pages * PAGE_SIZE, advice) };
+        assert_eq!(done, 0);
+    }
 
-    /// Somebody else has the mapping now.
-    pub(crate) fn forget(self) {
+    /// The test does not touch these pages again.
+    pub(crate) fn unmap_pages(&self, first: usize, pages: usize) {
+        // SAFETY: pages of our own mapping, which nobody uses any more.
+        assert_eq!(unsafe { libc::munmap(self.at(first), pages * PAGE_SIZE) }, 0);
+    }
+
+    /// The test does not write these pages again.
+    pub(crate) fn make_read_only(&self, first: usize, pages: usize) {
+        // SAFETY: pages of our own mapping, which nobody writes any more.
+        let done = unsafe { libc::mprotect(self.at(first), pages * PAGE_SIZE, libc::PROT_READ) };
+        assert_eq!(done, 0);
+    }
+
+    /// A new mapping in the same place.
+    pub(crate) fn replace(&self) {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: replaces our own mapping, whose contents nobody needs.
+        let again = unsafe { libc::mmap(self.at(0), self.bytes, protection, flags, -1, 0) };
+        assert_eq!(again, self.at(0));
+    }
+
+    /// Moves the mapping onto another one of the same size.
+    pub(crate) fn move_onto(self, place: &Self) {
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: both mappings are ours; the contents are only used at the new place afterwards.
+        let moved = unsafe { libc::mremap(self.at(0), self.bytes, self.bytes, flags, place.at(0)) };
+        assert_eq!(moved, place.at(0));
+        // Somebody else has the mapping now.
         let _ = std::mem::ManuallyDrop::new(self);
+    }
+
+    /// Pages that the kernel has in core for this mapping.
+    pub(crate) fn pages_in_core(&self) -> usize {
+        let mut present = vec![0_u8; self.pages()];
+        // SAFETY: `present` has one byte for each page of the mapping.
+        let done = unsafe { libc::mincore(self.at(0), self.bytes, present.as_mut_ptr()) };
+        assert_eq!(done, 0);
+        present.iter().filter(|page| *page & 1 == 1).count()
+    }
+
+    /// Lets the kernel read everything, in one system call.
+    pub(crate) fn write_to(&self, file: &impl AsRawFd) {
+        // SAFETY: the kernel reads `bytes` mapped bytes.
+        let written = unsafe { libc::write(file.as_raw_fd(), self.at(0), self.bytes) };
+        assert_eq!(written, self.bytes as isize);
     }
 
     pub(crate) fn residency(&self, mm: &Mm) -> Vec<Residency> {

@@ -1,0 +1,66 @@
+//! Latency of one CPU read of a page that is on a device.
+
+use crate::bare::BareLoop;
+use crate::{Figure, ROUNDS, median};
+use hmm_core::Mm;
+use hmm_soft::{SoftConfig, SoftDevice};
+use hmm_tests::Region;
+use std::time::Instant;
+
+const PAGES: usize = 2048;
+
+/// Touches every page once, in an order without neighbours; the median time in nanoseconds.
+fn touch_all(region: &Region, write: bool) -> f64 {
+    let mut times = Vec::with_capacity(PAGES);
+    for step in 0..PAGES {
+        let page = step * 769 % PAGES;
+        let word = region.word(page * 512);
+        let start = Instant::now();
+        if write {
+            word.store(1, std::sync::atomic::Ordering::Relaxed);
+        } else {
+            word.load(std::sync::atomic::Ordering::Relaxed);
+        }
+        times.push(start.elapsed().as_nanos() as f64);
+    }
+    median(times)
+}
+
+fn bare() -> f64 {
+    let region = Region::new(PAGES + 64);
+    let served = BareLoop::new(region.addr(), region.len() as u64);
+    let time = touch_all(&region, false);
+    let mut next = PAGES;
+    served.stop(|| {
+        region.word(next * 512).load(std::sync::atomic::Ordering::Relaxed);
+        next += 1;
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    });
+    time
+}
+
+fn native() -> f64 {
+    touch_all(&Region::new(PAGES), true)
+}
+
+fn ours(device: &SoftDevice, region: &Region) -> f64 {
+    assert_eq!(device.migrate(region.range()).unwrap(), PAGES);
+    touch_all(region, false)
+}
+
+pub(crate) fn measure() -> Vec<Figure> {
+    let mm = Mm::current().unwrap();
+    let config = SoftConfig { fault_around: 1, ..SoftConfig::default() };
+    let device = SoftDevice::new(&mm, config).unwrap();
+    let region = Region::new(PAGES);
+    region.fill(3);
+    let mut against_bare = Figure::new("fault_p50", "ns, against a bare uffd loop");
+    let mut against_native = Figure::new("fault_p50_native", "ns, against a native first touch");
+    for _ in 0..ROUNDS {
+        let (ours, bare, native) = (ours(&device, &region), bare(), native());
+        against_bare.add(ours, bare);
+        against_native.add(ours, native);
+    }
+    device.close().unwrap();
+    vec![against_bare, against_native]
+}
