@@ -711,6 +711,44 @@ long hmm_mm_write(struct mm_struct *mm,
                   size_t length);
 
 /**
+ * Reads memory of the process only if that needs no waiting: for a device engine that works under the driver's update
+ * lock, where a fault would wait for itself.
+ *
+ * @param mm      The address space.
+ * @param addr    First byte to read; need not be mapped.
+ * @param buffer  Where the bytes go; memory of the caller that does not migrate.
+ * @param length  Bytes to read.
+ * @return True when all bytes were read. False when some page of them is not present (it is on a device, on its way, never
+ * touched, not mapped); then buffer may be partly written. Let go of the lock, use hmm_vma_fault(), and try again. Also
+ * false for bad arguments.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours; stands for an access through the device's page table.
+ */
+bool hmm_mm_peek(struct mm_struct *mm,
+                 const void *addr,
+                 void *buffer,
+                 size_t length);
+
+/**
+ * Writes memory of the process only if that needs no waiting; see hmm_mm_peek().
+ *
+ * @param mm      The address space.
+ * @param addr    First byte to write; need not be mapped.
+ * @param buffer  The bytes; memory of the caller that does not migrate.
+ * @param length  Bytes to write.
+ * @return True when all bytes were written. False when some page of them is not present or not writable; then the bytes of
+ * earlier pages may be written. Also false for bad arguments.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours; stands for an access through the device's page table.
+ */
+bool hmm_mm_poke(struct mm_struct *mm,
+                 void *addr,
+                 const void *buffer,
+                 size_t length);
+
+/**
  * Brings a range home and keeps it in system memory until it is unpinned.
  *
  * For memory that a driver's callbacks touch, or that they hold a lock over: the driver's structure, its page table,

@@ -1,26 +1,24 @@
 /*
  * driver.c - a complete driver for a small device, in the shape that Documentation/vm/hmm.txt sketches.
  *
- * The device is made of software, but it is a real device to the library: it has memory that the CPU never touches, a page
- * table of its own, and it works on the addresses of the process. What happens here:
+ * The device is made of software, but to the library it is a device: it has memory that the CPU never touches, a page table
+ * of its own, and it works on the addresses of the process. What happens here:
  *
- *   1. the driver mirrors the address space, and adds device memory to it;
- *   2. the device adds one to every word of a malloc'ed buffer, where it is: in system memory;
- *   3. the buffer's pages migrate to the device, which adds one more: in its own memory;
- *   4. the CPU reads half of the buffer; each touch of a migrated page faults, and the driver brings the page home;
+ *   1. the driver mirrors the address space and adds device memory to it;
+ *   2. the device adds one to every word of a malloc'ed buffer where it lies, in system memory;
+ *   3. the buffer's pages migrate to the device until it is full, and the device adds one more;
+ *   4. the CPU reads a part of the buffer: each touch of a migrated page faults, and the driver brings the page home;
  *   5. the device adds one again, to a buffer that is now half here and half there;
  *   6. the CPU checks every word, and everything is taken down.
  *
- * Read it from top to bottom: the driver's data, the device, the mirror, migration, device memory, and then main(). To make a
- * driver of your own, keep the structure and replace the device: driver_page_address() becomes your DMA.
+ * To make a driver of your own, keep the structure and replace the device: device_add_one() becomes your hardware, and the
+ * two memcpy() become its DMA.
  *
- *   cc -O2 -I include examples/c/driver.c -L target/capi -lhmm -pthread -o driver
+ * Callbacks run on threads that answer page faults. So three rules:
  *
- * Three rules govern a driver's callbacks, because they run on threads that answer page faults:
- *
- *   - they touch only memory that cannot migrate: here, all of it is in struct driver, which is pinned;
+ *   - they touch only memory that cannot migrate: here all of it is in struct driver, which is pinned;
  *   - they do not call malloc(), printf() or anything else that might touch other memory;
- *   - the update lock is never held over a call that can wait for a page (hmm_vma_fault, migrate_vma, a plain touch).
+ *   - the update lock is never held over something that can wait for a page (hmm_vma_fault, migrate_vma, a plain touch).
  */
 #include <hmm.h>
 
@@ -34,32 +32,28 @@
 
 #define DEVICE_PAGES 192	/* the device's memory: 768 KiB */
 #define TABLE_SIZE 1024		/* entries of the device's page table */
-#define WINDOW 64		/* pages that one call of the library handles */
-#define FAULT_AROUND 8		/* pages that come home when the CPU touches one of them */
+#define WINDOW 64		/* most pages that one device fault looks at */
+#define FAULT_AROUND 8		/* most pages that come home for one touch of the CPU */
 #define MANY_ROUNDS 1000	/* a range that changes so often is not ours to have */
-
-/* ------------------------------------------------------------------------------------------------------------------------
- * The driver's data
- * --------------------------------------------------------------------------------------------------------------------- */
 
 /*
  * One entry of the device's page table. The table is direct mapped: an address has one place, and a newer entry replaces an
- * older one. What is forgotten is found again by a device fault, so the table may forget, but it must never be wrong.
+ * older one. What it forgets a device fault finds again, so it may forget; but it must never be wrong.
  */
 struct device_pte {
-	unsigned long vpn;	/* virtual page number, 0: empty */
+	unsigned long vpn;	/* virtual page number; 0: empty */
 	unsigned long pfn;	/* where the page is */
 	bool write;		/* may the device write it? */
 };
 
-/* Everything that callbacks touch is in here, and here is pinned. */
+/* Everything that callbacks touch. It is pinned while the driver is open. */
 struct driver {
 	struct mm_struct *mm;
 	struct hmm_mirror mirror;
 	struct hmm_device *device;
 	struct hmm_devmem *devmem;
 
-	/* The update lock: guards the device's page table, and stands for the device using it. */
+	/* The update lock guards the device's page table. To hold it is to use the table's translations. */
 	pthread_mutex_t update;
 	struct device_pte table[TABLE_SIZE];
 
@@ -68,35 +62,22 @@ struct driver {
 	unsigned int free_count;
 	unsigned int free_pages[DEVICE_PAGES];
 
-	/* Device faults are handled one after another, so one set of arrays is enough. */
+	/* Device faults come one after another, so one array is enough. */
 	pthread_mutex_t fault_lock;
 	hmm_pfn_t pfns[WINDOW];
-	unsigned long src[WINDOW], dst[WINDOW];
 
 	/* What happened, for the report. */
 	atomic_ulong device_faults, cpu_faults, invalidations, to_device, to_system, freed;
 
-	/* The device's memory. The CPU side of the process never gets an address of it. */
+	/* The device's memory. Nobody but the device and its DMA looks at it. */
 	unsigned char memory[DEVICE_PAGES][PAGE_SIZE];
 };
 
-/* ------------------------------------------------------------------------------------------------------------------------
- * The device: its memory, its page table, its one skill
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- The device: its memory, its page table, its one skill ------------------------------------------------------------ */
 
-/* The bytes of a page of the device's own memory. */
-static unsigned char *device_page_bytes(struct driver *driver, unsigned long pfn)
+static void *device_bytes(struct driver *driver, unsigned long pfn)
 {
 	return driver->memory[pfn - driver->devmem->pfn_first];
-}
-
-/* Looks an address up in the device's page table. Called with the update lock. */
-static struct device_pte *device_translate(struct driver *driver, unsigned long addr, bool write)
-{
-	unsigned long vpn = addr >> PAGE_SHIFT;
-	struct device_pte *pte = &driver->table[vpn % TABLE_SIZE];
-
-	return pte->vpn == vpn && (pte->write || !write) ? pte : NULL;
 }
 
 /* Writes an entry of the device's page table. Called with the update lock. */
@@ -104,57 +85,53 @@ static void device_map(struct driver *driver, unsigned long addr, unsigned long 
 {
 	unsigned long vpn = addr >> PAGE_SHIFT;
 
-	driver->table[vpn % TABLE_SIZE] = (struct device_pte){ .vpn = vpn, .pfn = pfn, .write = write };
+	driver->table[vpn % TABLE_SIZE] = (struct device_pte){ vpn, pfn, write };
 }
 
 /*
- * The device adds one to words of one page, through its own page table. False is a device page fault: there is no entry, or
- * the page went away under it. Holding the update lock means that the device is using its translations; who takes the lock
- * waits until it does not.
+ * The device adds one to some words of one page, through its own page table. False is a device page fault: there is no entry,
+ * or the page went away from under it.
  *
- * Device memory is the device's to touch. A page of system memory is reached as a real device reaches it, without the help
- * of the CPU's page table: by hmm_mm_peek() and hmm_mm_poke(), which never fault.
+ * The device reads and writes its own memory as it likes. Pages of system memory it reaches as a real device does, without
+ * the CPU's page table: hmm_mm_peek() and hmm_mm_poke() never fault.
  */
 static bool device_add_one(struct driver *driver, unsigned long addr, size_t words)
 {
-	uint64_t line[PAGE_SIZE / sizeof(uint64_t)];
-	size_t bytes = words * sizeof(uint64_t);
-	struct device_pte *pte;
-	bool done = false;
+	uint64_t line[PAGE_SIZE / sizeof(uint64_t)], *word = NULL;
+	unsigned long vpn = addr >> PAGE_SHIFT;
+	size_t bytes = words * sizeof(*word);
+	const struct device_pte *pte;
 
 	pthread_mutex_lock(&driver->update);
-	pte = device_translate(driver, addr, true);
-	if (pte && hmm_pfn_is_device(pte->pfn)) {
-		uint64_t *word = (uint64_t *)(void *)(device_page_bytes(driver, pte->pfn) + (addr & ~PAGE_MASK));
-
-		for (size_t i = 0; i < words; i++)
-			word[i]++;
-		done = true;
-	} else if (pte && hmm_mm_peek(driver->mm, (void *)addr, line, bytes)) {
-		for (size_t i = 0; i < words; i++)
-			line[i]++;
-		done = hmm_mm_poke(driver->mm, (void *)addr, line, bytes);
+	pte = &driver->table[vpn % TABLE_SIZE];
+	if (pte->vpn == vpn && pte->write) {
+		if (hmm_pfn_is_device(pte->pfn))
+			word = (void *)((char *)device_bytes(driver, pte->pfn) + (addr & ~PAGE_MASK));
+		else if (hmm_mm_peek(driver->mm, (void *)addr, line, bytes))
+			word = line;
 	}
+	for (size_t i = 0; word && i < words; i++)
+		word[i]++;
+	if (word == line && !hmm_mm_poke(driver->mm, (void *)addr, line, bytes))
+		word = NULL;
 	pthread_mutex_unlock(&driver->update);
-	return done;
+	return word;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------------
- * Mirroring: the device's page table follows the CPU's
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- Mirroring: the device's page table follows the CPU's ------------------------------------------------------------- */
 
 /*
- * The CPU page table changes: forget what the device knows of the range. Once the lock is ours the device uses none of its
- * translations, and when we return it has none of the range any more. A real driver also flushes the device's TLB here.
+ * The CPU page table changes: forget what the device knows of the range. Once the lock is ours, the device uses none of its
+ * translations; when we return, it has none of this range any more. A real driver also flushes the device's TLB.
  */
 static void driver_sync_cpu_device_pagetables(struct hmm_mirror *mirror, enum hmm_update action,
 					      unsigned long start, unsigned long end)
 {
 	struct driver *driver = container_of(mirror, struct driver, mirror);
 
-	(void)action;		/* there is only one: forget */
+	(void)action;
 	pthread_mutex_lock(&driver->update);
-	for (unsigned int i = 0; i < TABLE_SIZE; i++) {
+	for (int i = 0; i < TABLE_SIZE; i++) {
 		unsigned long addr = driver->table[i].vpn << PAGE_SHIFT;
 
 		if (start <= addr && addr < end)
@@ -169,14 +146,14 @@ static const struct hmm_mirror_ops driver_mirror_ops = {
 };
 
 /*
- * Copies what the CPU page table says of a range into the device's page table: the loop of hmm.txt.
+ * Copies what the CPU page table says of a range into the device's: the loop of hmm.txt.
  *
- * hmm_vma_fault() looks, and faults in what is missing. Between its look and our lock anything may have happened; under the
- * lock hmm_vma_range_done() knows. If it says true, then a change that comes now waits in the callback above for our lock,
- * and removes afterwards what we write.
+ * hmm_vma_fault() faults in what is missing, and looks. Between its look and our lock anything may happen; under the lock
+ * hmm_vma_range_done() knows. If it says true, then a change that comes now waits for our lock in the callback above, and
+ * removes afterwards what we write.
  */
 static int driver_populate_range(struct driver *driver, struct vm_area_struct *vma, unsigned long start,
-				 unsigned long end, bool write)
+				 unsigned long end)
 {
 	hmm_pfn_t *pfns = driver->pfns;
 	struct hmm_range range;
@@ -186,7 +163,7 @@ static int driver_populate_range(struct driver *driver, struct vm_area_struct *v
 again:
 	if (rounds++ == MANY_ROUNDS)
 		return -EBUSY;
-	ret = hmm_vma_fault(vma, &range, start, end, pfns, write, true);
+	ret = hmm_vma_fault(vma, &range, start, end, pfns, true, true);
 	if (ret)
 		return ret;
 
@@ -195,37 +172,31 @@ again:
 		pthread_mutex_unlock(&driver->update);
 		goto again;
 	}
+	for (unsigned long addr = start; addr < end; addr += PAGE_SIZE, pfns++) {
+		struct page *page = hmm_pfn_t_to_page(*pfns);
 
-	for (unsigned long addr = start; addr < end; addr += PAGE_SIZE) {
-		hmm_pfn_t entry = pfns[(addr - start) >> PAGE_SHIFT];
-		struct page *page = hmm_pfn_t_to_page(entry);
-
-		/* Not there after all, or on some other device: the device will fault again if it insists. */
-		if (!page || (is_device_private_page(page) && !hmm_devmem_has_page(driver->devmem, page)))
-			continue;
-		device_map(driver, addr, page_to_pfn(page), entry & HMM_PFN_WRITE);
+		/* A page that some other device has is not ours to use. */
+		if (page && (!is_device_private_page(page) || hmm_devmem_has_page(driver->devmem, page)))
+			device_map(driver, addr, page_to_pfn(page), *pfns & HMM_PFN_WRITE);
 	}
 	pthread_mutex_unlock(&driver->update);
 	return 0;
 }
 
-/* A device page fault: make the page at an address, and some behind it, known to the device. */
+/* A device page fault: make the page at addr, and some up to end, known to the device. */
 static int driver_device_fault(struct driver *driver, unsigned long addr, unsigned long end)
 {
 	struct vm_area_struct *vma;
 	int ret = -EFAULT;
 
-	pthread_mutex_lock(&driver->fault_lock);
+	if (end > addr + WINDOW * PAGE_SIZE)
+		end = addr + WINDOW * PAGE_SIZE;
 	atomic_fetch_add(&driver->device_faults, 1);
+	pthread_mutex_lock(&driver->fault_lock);
 	hmm_mm_read_lock(driver->mm);
 	vma = find_vma(driver->mm, addr);
-	if (vma && hmm_vma_start(vma) <= addr) {
-		if (end > hmm_vma_end(vma))
-			end = hmm_vma_end(vma);
-		if (end > addr + WINDOW * PAGE_SIZE)
-			end = addr + WINDOW * PAGE_SIZE;
-		ret = driver_populate_range(driver, vma, addr, end, true);
-	}
+	if (vma && hmm_vma_start(vma) <= addr)
+		ret = driver_populate_range(driver, vma, addr, end < hmm_vma_end(vma) ? end : hmm_vma_end(vma));
 	hmm_mm_read_unlock(driver->mm);
 	pthread_mutex_unlock(&driver->fault_lock);
 	return ret;
@@ -236,28 +207,24 @@ static int driver_run(struct driver *driver, uint64_t *array, size_t count)
 {
 	unsigned long addr = (unsigned long)array;
 	unsigned long end = addr + count * sizeof(*array);
+	unsigned long last = (end + PAGE_SIZE - 1) & PAGE_MASK;
 
-	while (addr < end) {
-		unsigned long next = (addr & PAGE_MASK) + PAGE_SIZE;
-		size_t words = ((next < end ? next : end) - addr) / sizeof(*array);
+	for (unsigned long next; addr < end; addr = next) {
 		int rounds = 0;
+		int ret = 0;
 
-		while (!device_add_one(driver, addr, words)) {
-			int ret = driver_device_fault(driver, addr & PAGE_MASK, (end + PAGE_SIZE - 1) & PAGE_MASK);
-
-			if (ret)
-				return ret;
-			if (rounds++ == MANY_ROUNDS)
-				return -EBUSY;
-		}
-		addr += words * sizeof(*array);
+		next = (addr & PAGE_MASK) + PAGE_SIZE;
+		if (next > end)
+			next = end;
+		while (!ret && !device_add_one(driver, addr, (next - addr) / sizeof(*array)))
+			ret = rounds++ < MANY_ROUNDS ? driver_device_fault(driver, addr & PAGE_MASK, last) : -EBUSY;
+		if (ret)
+			return ret;
 	}
 	return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------------
- * Migration to the device
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- Migration to the device ------------------------------------------------------------------------------------------ */
 
 /* Takes a free page of device memory; NULL when the device is full. */
 static struct page *driver_alloc_page(struct driver *driver)
@@ -272,8 +239,8 @@ static struct page *driver_alloc_page(struct driver *driver)
 }
 
 /*
- * The pages with MIGRATE are ours to move now: no CPU can reach them. Find each a place on the device, and copy. Where the
- * device is full, leave dst alone: that page stays where it is.
+ * The pages with MIGRATE are ours to move: no CPU can reach them now. Find each a place on the device, and copy. When the
+ * device is full leave dst alone, and the page stays where it is.
  */
 static void driver_alloc_and_copy(struct vm_area_struct *vma, const unsigned long *src, unsigned long *dst,
 				  unsigned long start, unsigned long end, void *private)
@@ -281,125 +248,111 @@ static void driver_alloc_and_copy(struct vm_area_struct *vma, const unsigned lon
 	struct driver *driver = private;
 
 	(void)vma;
-	for (unsigned long i = 0; i < (end - start) >> PAGE_SHIFT; i++) {
-		struct page *spage = migrate_pfn_to_page(src[i]);
+	for (; start < end; start += PAGE_SIZE, src++, dst++) {
+		struct page *spage = migrate_pfn_to_page(*src);
 		struct page *dpage;
-		void *bytes;
 
-		/* Pages on a device are left there, whether it is ours or another. */
-		if (!(src[i] & MIGRATE_PFN_MIGRATE) || (src[i] & MIGRATE_PFN_DEVICE))
+		/* Pages that are on a device already, ours or another, are left there. */
+		if (!(*src & MIGRATE_PFN_MIGRATE) || (*src & MIGRATE_PFN_DEVICE))
 			continue;
 		dpage = driver_alloc_page(driver);
 		if (!dpage)
-			continue;
-		bytes = device_page_bytes(driver, page_to_pfn(dpage));
+			break;
 		if (spage)
-			memcpy(bytes, hmm_page_to_virt(spage), PAGE_SIZE);
-		else
-			memset(bytes, 0, PAGE_SIZE);	/* a hole: nothing was ever there */
-		dst[i] = migrate_pfn(page_to_pfn(dpage)) | MIGRATE_PFN_LOCKED | MIGRATE_PFN_DEVICE;
+			memcpy(device_bytes(driver, page_to_pfn(dpage)), hmm_page_to_virt(spage), PAGE_SIZE);
+		else	/* nothing was ever there: zeros */
+			memset(device_bytes(driver, page_to_pfn(dpage)), 0, PAGE_SIZE);
+		*dst = migrate_pfn(page_to_pfn(dpage)) | MIGRATE_PFN_LOCKED | MIGRATE_PFN_DEVICE;
 	}
 }
 
 /*
- * It is decided: what still has MIGRATE has moved. The pages are locked yet, so the device's page table can be written
+ * Now it is decided: what still has MIGRATE has moved. The pages are locked, so the device's page table may be written here
  * without the loop above. Device pages of entries that did not move come back by themselves, through driver_free().
  */
 static void driver_finalize_and_map(struct vm_area_struct *vma, const unsigned long *src,
-				    const unsigned long *dst, unsigned long start, unsigned long end, void *private)
+				    const unsigned long *dst, unsigned long start, unsigned long end,
+				    void *private)
 {
 	struct driver *driver = private;
 
 	(void)vma;
 	pthread_mutex_lock(&driver->update);
-	for (unsigned long i = 0; i < (end - start) >> PAGE_SHIFT; i++) {
-		if (!(src[i] & MIGRATE_PFN_MIGRATE) || !(dst[i] & MIGRATE_PFN_DEVICE))
+	for (; start < end; start += PAGE_SIZE, src++, dst++) {
+		if (!(*src & MIGRATE_PFN_MIGRATE) || !(*dst & MIGRATE_PFN_DEVICE))
 			continue;
-		device_map(driver, start + (i << PAGE_SHIFT), dst[i] >> MIGRATE_PFN_SHIFT,
-			   src[i] & MIGRATE_PFN_WRITE);
+		device_map(driver, start, *dst >> MIGRATE_PFN_SHIFT, *src & MIGRATE_PFN_WRITE);
 		atomic_fetch_add(&driver->to_device, 1);
 	}
 	pthread_mutex_unlock(&driver->update);
 }
 
-static const struct migrate_vma_ops driver_to_device_ops = {
+static const struct migrate_vma_ops driver_to_device = {
 	.alloc_and_copy = driver_alloc_and_copy,
 	.finalize_and_map = driver_finalize_and_map,
 };
 
-/* Moves the pages of a range to the device, as many as it has room for. */
+/* Moves the pages of a range, which lies in one mapping, to the device: as many as it has room for. */
 static int driver_migrate(struct driver *driver, unsigned long start, unsigned long end)
 {
-	int ret = 0;
+	unsigned long pages = (end - start) >> PAGE_SHIFT;
+	unsigned long *src = calloc(2 * pages, sizeof(*src));
+	struct vm_area_struct *vma;
+	int ret = -EFAULT;
 
-	pthread_mutex_lock(&driver->fault_lock);
+	if (!src)
+		return -ENOMEM;
 	hmm_mm_read_lock(driver->mm);
-	while (!ret && start < end) {
-		struct vm_area_struct *vma = find_vma(driver->mm, start);
-		unsigned long next = start + WINDOW * PAGE_SIZE;
-
-		if (!vma || hmm_vma_start(vma) > start) {
-			ret = -EFAULT;
-			break;
-		}
-		if (next > end)
-			next = end;
-		if (next > hmm_vma_end(vma))
-			next = hmm_vma_end(vma);
-		ret = migrate_vma(&driver_to_device_ops, vma, WINDOW, start, next, driver->src, driver->dst, driver);
-		start = next;
-	}
+	vma = find_vma(driver->mm, start);
+	if (vma)
+		ret = migrate_vma(&driver_to_device, vma, pages, start, end, src, src + pages, driver);
 	hmm_mm_read_unlock(driver->mm);
-	pthread_mutex_unlock(&driver->fault_lock);
+	free(src);
 	return ret;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------------
- * Device memory: CPU faults bring pages home, and freed pages come back
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- Device memory: CPU faults bring pages home, freed pages come back ------------------------------------------------ */
 
-/* The way home: a page of system memory for each of our device pages, and copy. */
+/* The way home: for each of our pages one of system memory, and copy. */
 static void driver_alloc_and_copy_home(struct vm_area_struct *vma, const unsigned long *src, unsigned long *dst,
 				       unsigned long start, unsigned long end, void *private)
 {
 	struct driver *driver = private;
 
-	for (unsigned long addr = start; addr < end; addr += PAGE_SIZE, src++, dst++) {
+	for (; start < end; start += PAGE_SIZE, src++, dst++) {
 		struct page *dpage = migrate_pfn_to_page(*src);
 		struct page *spage;
 
-		if (!(*src & MIGRATE_PFN_MIGRATE) || !dpage || !hmm_devmem_has_page(driver->devmem, dpage))
+		if (!(*src & MIGRATE_PFN_MIGRATE) || !hmm_devmem_has_page(driver->devmem, dpage))
 			continue;
-		spage = hmm_vma_alloc_locked_page(vma, addr);
+		spage = hmm_vma_alloc_locked_page(vma, start);
 		if (!spage)
 			continue;
-		memcpy(hmm_page_to_virt(spage), device_page_bytes(driver, page_to_pfn(dpage)), PAGE_SIZE);
+		memcpy(hmm_page_to_virt(spage), device_bytes(driver, page_to_pfn(dpage)), PAGE_SIZE);
 		*dst = migrate_pfn(page_to_pfn(spage)) | MIGRATE_PFN_LOCKED;
 	}
 }
 
-/* The device's entries of these pages are gone already: migrate_vma() called the mirror before it took the pages. */
+/* The device's entries are gone already: migrate_vma() called the mirror before it took the pages. */
 static void driver_finalize_home(struct vm_area_struct *vma, const unsigned long *src, const unsigned long *dst,
 				 unsigned long start, unsigned long end, void *private)
 {
 	struct driver *driver = private;
 
 	(void)vma;
-	for (unsigned long i = 0; i < (end - start) >> PAGE_SHIFT; i++)
-		if ((src[i] & MIGRATE_PFN_MIGRATE) && dst[i])
+	for (; start < end; start += PAGE_SIZE, src++, dst++)
+		if ((*src & MIGRATE_PFN_MIGRATE) && *dst)
 			atomic_fetch_add(&driver->to_system, 1);
 }
 
-static const struct migrate_vma_ops driver_to_system_ops = {
+static const struct migrate_vma_ops driver_to_system = {
 	.alloc_and_copy = driver_alloc_and_copy_home,
 	.finalize_and_map = driver_finalize_home,
 };
 
-/*
- * The CPU touches a page that we have. The page must come home; some neighbours may, which saves their faults.
- */
-static int driver_fault(struct hmm_devmem *devmem, struct vm_area_struct *vma, unsigned long addr, struct page *page,
-			unsigned flags, pmd_t *pmdp)
+/* The CPU touches a page that we have. It must come home; some neighbours may, which saves their faults. */
+static int driver_fault(struct hmm_devmem *devmem, struct vm_area_struct *vma, unsigned long addr,
+			struct page *page, unsigned flags, pmd_t *pmdp)
 {
 	struct driver *driver = dev_get_drvdata(devmem->device);
 	unsigned long src[FAULT_AROUND], dst[FAULT_AROUND];
@@ -410,10 +363,8 @@ static int driver_fault(struct hmm_devmem *devmem, struct vm_area_struct *vma, u
 	atomic_fetch_add(&driver->cpu_faults, 1);
 	if (end > hmm_vma_end(vma))
 		end = hmm_vma_end(vma);
-	if (migrate_vma(&driver_to_system_ops, vma, FAULT_AROUND, start, end, src, dst, driver))
-		return VM_FAULT_SIGBUS;
-	/* If somebody else brought it home meanwhile, there was nothing to do, and that is as good. */
-	return 0;
+	/* If somebody else brings the page home at the same time, nothing is left to do, and that is as good. */
+	return migrate_vma(&driver_to_system, vma, FAULT_AROUND, start, end, src, dst, driver) ? VM_FAULT_SIGBUS : 0;
 }
 
 /* The last user of a device page is gone: it may hold something else from now on. */
@@ -432,68 +383,119 @@ static const struct hmm_devmem_ops driver_devmem_ops = {
 	.fault = driver_fault,
 };
 
-/* ------------------------------------------------------------------------------------------------------------------------
- * Opening and closing the driver
- * --------------------------------------------------------------------------------------------------------------------- */
+/* ---- Opening and closing ---------------------------------------------------------------------------------------------- */
 
-static void driver_close(struct driver *driver)
+/* Opens a driver in memory that is all zeros. */
+static int driver_open(struct driver *driver)
 {
-	/* First the pages come home, then the mirror ends, and nobody calls us any more. */
-	if (!IS_ERR_OR_NULL(driver->devmem))
-		hmm_devmem_remove(driver->devmem);
-	if (driver->mirror.ops)
-		hmm_mirror_unregister(&driver->mirror);
-	if (!IS_ERR_OR_NULL(driver->device))
-		hmm_device_put(driver->device);
-	if (!IS_ERR_OR_NULL(driver->mm)) {
-		hmm_unpin_range(driver->mm, driver, sizeof(*driver));
-		hmm_mm_put(driver->mm);
-	}
-	free(driver);
-}
+	long ret;
 
-static struct driver *driver_open(void)
-{
-	struct driver *driver = aligned_alloc(PAGE_SIZE, (sizeof(*driver) + PAGE_SIZE - 1) & PAGE_MASK);
-	int ret = -ENOMEM;
-
-	if (!driver)
-		return ERR_PTR(ret);
-	memset(driver, 0, sizeof(*driver));
 	pthread_mutex_init(&driver->update, NULL);
 	pthread_mutex_init(&driver->free_lock, NULL);
 	pthread_mutex_init(&driver->fault_lock, NULL);
-	while (driver->free_count < DEVICE_PAGES) {
+	for (; driver->free_count < DEVICE_PAGES; driver->free_count++)
 		driver->free_pages[driver->free_count] = driver->free_count;
-		driver->free_count++;
-	}
 
 	driver->mm = hmm_mm_current();
-	ret = (int)(IS_ERR(driver->mm) ? PTR_ERR(driver->mm) : 0);
-	if (ret)
-		goto fail;
-
-	/* Callbacks touch this structure: it must never migrate. */
+	if (IS_ERR(driver->mm))
+		return (int)PTR_ERR(driver->mm);
+	/* Callbacks touch this structure, so it must never migrate. */
 	ret = hmm_pin_range(driver->mm, driver, sizeof(*driver));
 	if (ret)
-		goto fail;
-
+		goto put_mm;
 	driver->device = hmm_device_new(driver);
-	ret = (int)(IS_ERR(driver->device) ? PTR_ERR(driver->device) : 0);
-	if (ret)
-		goto fail;
-
-	driver->devmem = hmm_devmem_add(&driver_devmem_ops, &driver->device->device, DEVICE_PAGES * PAGE_SIZE);
-	ret = (int)(IS_ERR(driver->devmem) ? PTR_ERR(driver->devmem) : 0);
-	if (ret)
-		goto fail;
-
+	ret = PTR_ERR(driver->device);
+	if (IS_ERR(driver->device))
+		goto unpin;
+	driver->devmem = hmm_devmem_add(&driver_devmem_ops, &driver->device->device, sizeof(driver->memory));
+	ret = PTR_ERR(driver->devmem);
+	if (IS_ERR(driver->devmem))
+		goto put_device;
 	driver->mirror.ops = &driver_mirror_ops;
 	ret = hmm_mirror_register(&driver->mirror, driver->mm);
 	if (!ret)
-		return driver;
-	driver->mirror.ops = NULL;
-fail:
-	driver_close(driver);
-	return ERR_PTR(ret);
+		return 0;
+
+	hmm_devmem_remove(driver->devmem);
+put_device:
+	hmm_device_put(driver->device);
+unpin:
+	hmm_unpin_range(driver->mm, driver, sizeof(*driver));
+put_mm:
+	hmm_mm_put(driver->mm);
+	return (int)ret;
+}
+
+/* Closes it: the pages come home first; then nobody calls us any more. */
+static void driver_close(struct driver *driver)
+{
+	hmm_devmem_remove(driver->devmem);
+	hmm_mirror_unregister(&driver->mirror);
+	hmm_device_put(driver->device);
+	hmm_unpin_range(driver->mm, driver, sizeof(*driver));
+	hmm_mm_put(driver->mm);
+}
+
+/* ---- A program that uses it ------------------------------------------------------------------------------------------- */
+
+#define WORDS ((size_t)128 * 1024)	/* 1 MiB of numbers: more than the device's memory holds */
+
+static void must(const char *what, long ret)
+{
+	if (ret >= 0)
+		return;
+	fprintf(stderr, "driver: %s: %s\n", what, *hmm_last_error() ? hmm_last_error() : strerror((int)-ret));
+	exit(EXIT_FAILURE);
+}
+
+/* Says what happened so far, and draws where the buffer's pages are: s in system memory, D on the device. */
+static void report(struct driver *driver, const char *what, const uint64_t *numbers)
+{
+	unsigned char places[WORDS * sizeof(*numbers) / PAGE_SIZE + 2] = { 0 };
+	size_t pages = (((unsigned long)(numbers + WORDS) - 1) >> PAGE_SHIFT) - ((unsigned long)numbers >> PAGE_SHIFT) + 1;
+
+	printf("%s\n  device faults %lu, CPU faults %lu, invalidations %lu; pages to the device %lu, home %lu, freed %lu",
+	       what, driver->device_faults, driver->cpu_faults, driver->invalidations, driver->to_device,
+	       driver->to_system, driver->freed);
+	must("residency", hmm_residency(driver->mm, numbers, WORDS * sizeof(*numbers), places, sizeof(places)));
+	for (size_t i = 0; i < pages; i++)
+		printf("%s%c", i % 96 ? "" : "\n  ", "-sD>!?"[places[i]]);
+	printf("\n");
+}
+
+int main(void)
+{
+	static _Alignas(4096) struct driver driver;
+	uint64_t *numbers = malloc(WORDS * sizeof(*numbers));
+	unsigned long start = (unsigned long)numbers & PAGE_MASK;
+	unsigned long end = ((unsigned long)(numbers + WORDS) + PAGE_SIZE - 1) & PAGE_MASK;
+	size_t wrong = 0;
+
+	must("malloc", numbers ? 0 : -ENOMEM);
+	must("open", driver_open(&driver));
+	printf("libhmm %s, engine %s; device memory: %d pages\n", hmm_version_string(), hmm_mm_engine(driver.mm),
+	       DEVICE_PAGES);
+	for (size_t i = 0; i < WORDS; i++)
+		numbers[i] = i;
+
+	must("run", driver_run(&driver, numbers, WORDS));
+	report(&driver, "The device worked on the buffer in system memory.", numbers);
+	must("migrate", driver_migrate(&driver, start, end));
+	report(&driver, "The buffer migrated, as far as the device had room.", numbers);
+	must("run", driver_run(&driver, numbers, WORDS));
+	report(&driver, "The device worked on it again.", numbers);
+	for (size_t i = 0; i < WORDS / 2; i++)
+		wrong += numbers[i] != i + 2;
+	report(&driver, "The CPU read the first half.", numbers);
+	must("run", driver_run(&driver, numbers, WORDS));
+	report(&driver, "The device worked on it once more.", numbers);
+	for (size_t i = 0; i < WORDS; i++)
+		wrong += numbers[i] != i + 3;
+	report(&driver, "The CPU read all of it.", numbers);
+
+	driver_close(&driver);
+	printf("%zu words, %zu wrong; %lu device pages were used, %lu were freed\n", WORDS, wrong,
+	       driver.to_device, driver.freed);
+	free(numbers);
+	return wrong || driver.freed != driver.to_device ? EXIT_FAILURE : EXIT_SUCCESS;
 }

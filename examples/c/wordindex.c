@@ -251,11 +251,13 @@ static void draw_map(struct mm_struct *mm, const struct index *index)
 }
 
 /* Moves the index to the device again and again, a few pages at a time, while everybody uses it. */
-static size_t keep_moving(struct hmm_soft_device *device, const struct index *index, atomic_bool *done)
+static size_t keep_moving(struct mm_struct *mm, struct hmm_soft_device *device, const struct index *index,
+			  atomic_bool *done)
 {
 	const size_t step = 64 * HMM_PAGE_SIZE;
 	uintptr_t at = index->first;
 	size_t walks = 0;
+	bool drawn = false;
 
 	while (!atomic_load(&done[0]) || !atomic_load(&done[1])) {
 		size_t length = index->last - at < step ? index->last - at : step;
@@ -264,6 +266,11 @@ static size_t keep_moving(struct hmm_soft_device *device, const struct index *in
 		if (moved < 0)
 			fail("migration", moved);
 		at = at + length < index->last ? at + length : index->first;
+		if (walks == 1 && !drawn && at - index->first > (index->last - index->first) / 2) {
+			puts("in the middle of it ('#' on the device, '.' in system memory, '+' both):");
+			draw_map(mm, index);
+			drawn = true;
+		}
 		if (at == index->first) {
 			walk_on_device(device, index);
 			walks++;
@@ -317,14 +324,11 @@ static void use_together(struct mm_struct *mm, struct hmm_soft_device *device, c
 	for (int i = 0; i < 2; i++)
 		if (pthread_create(&threads[i], NULL, count_words, &halves[i]))
 			fail("no thread", 0);
-	walks = keep_moving(device, index, done);
+	walks = keep_moving(mm, device, index, done);
 	for (int i = 0; i < 2; i++)
 		pthread_join(threads[i], NULL);
 	printf("two threads counted %ju words in %.2f s while the device walked the list %zu times\n",
 	       (uintmax_t)words, now() - start, walks);
-
-	puts("where the index is now ('#' on the device, '.' in system memory, '+' both):");
-	draw_map(mm, index);
 	if (walk_on_device(device, index) != words) {
 		fprintf(stderr, "wordindex: the device finds another sum than %ju\n", (uintmax_t)words);
 		exit(1);

@@ -9,7 +9,7 @@
 //! their class; large ones give their memory back to the system.
 
 use crate::addr::VirtAddr;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::alloc::{GlobalAlloc, Layout};
 use std::ptr::{self, NonNull};
@@ -128,6 +128,27 @@ impl State {
             self.committed = target;
         }
         done.is_ok()
+    }
+}
+
+struct HeldForFork(MutexGuard<'static, State>);
+
+// SAFETY: the thread that forks puts the guard away and takes it back; in the child that thread is the only one.
+unsafe impl Send for HeldForFork {}
+
+static FORK: Mutex<Option<HeldForFork>> = Mutex::new(None);
+
+/// Takes the arena's lock across a fork, so that the child does not inherit it locked by a thread that it lacks.
+pub(crate) fn lock_for_fork() {
+    let guard = STATE.lock();
+    *FORK.lock() = Some(HeldForFork(guard));
+}
+
+/// Releases it, in parent and child.
+pub(crate) fn unlock_after_fork() {
+    let held = FORK.lock().take();
+    if let Some(HeldForFork(guard)) = held {
+        drop(guard);
     }
 }
 

@@ -38,8 +38,14 @@ impl Mm {
         if let Some(mm) = current.as_ref().filter(|mm| mm.check_not_closing().is_ok()) {
             return Ok(Arc::clone(mm));
         }
+        crate::fork::install();
         let mm = Self::with_engine(choose_engine()?)?;
-        *current = Some(Arc::clone(&mm));
+        if let Some(old) = current.replace(Arc::clone(&mm))
+            && old.is_inherited()
+        {
+            // Its threads are the parent's: nothing of it may be waited for, or taken down, here.
+            std::mem::forget(old);
+        }
         Ok(mm)
     }
 }

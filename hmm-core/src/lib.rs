@@ -18,6 +18,7 @@ pub mod engine;
 mod error;
 mod evict;
 mod flags;
+mod fork;
 pub mod limits;
 mod migrate;
 mod mirror;

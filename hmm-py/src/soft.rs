@@ -46,17 +46,15 @@ impl SoftDevice {
     /// Runs a kernel to its end; `None` is no work and gives 0.
     fn run(&self, py: Python<'_>, work: Option<Work>) -> PyResult<u64> {
         let Some(Work { kernel, memory }) = work else { return Ok(0) };
-        let outcome = py.detach(|| {
-            let outcome = self.inner.run(kernel);
-            if matches!(outcome, Err(Error::Busy { .. })) {
+        let (outcome, ended) = py.detach(|| match self.inner.run(kernel) {
+            Err(error @ Error::Busy { .. }) => {
                 self.overdue.lock().unwrap_or_else(PoisonError::into_inner).extend(memory);
-                return (outcome, Vec::new());
+                (Err(error), Vec::new())
             }
-            (outcome, memory)
+            outcome => (outcome, memory),
         });
         // The exports end here, attached again.
-        let (outcome, memory) = outcome;
-        drop(memory);
+        drop(ended);
         outcome.map_err(to_python)
     }
 
@@ -70,13 +68,17 @@ impl SoftDevice {
     }
 
     fn shut(&self, py: Python<'_>) -> PyResult<()> {
-        let (outcome, overdue) = py.detach(|| {
-            let outcome = self.inner.close();
-            let mut overdue = self.overdue.lock().unwrap_or_else(PoisonError::into_inner);
-            (outcome, std::mem::take(&mut *overdue))
+        let (outcome, ended) = py.detach(|| match self.inner.close() {
+            Ok(()) => (Ok(()), self.take_overdue()),
+            // A kernel that does not end may still write to its memory.
+            error => (error, Vec::new()),
         });
-        drop(overdue);
+        drop(ended);
         outcome.map_err(to_python)
+    }
+
+    fn take_overdue(&self) -> Vec<Memory> {
+        std::mem::take(&mut *self.overdue.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -255,7 +257,11 @@ impl SoftDevice {
 
 impl Drop for SoftDevice {
     fn drop(&mut self) {
-        // There is nobody to tell. Closing here, detached, keeps the last reference from waiting attached.
-        let _ = Python::try_attach(|py| self.shut(py));
+        // Closing here, detached, keeps the last reference from waiting attached. There is nobody to tell.
+        let closed = Python::try_attach(|py| self.shut(py)).is_some_and(|outcome| outcome.is_ok());
+        if !closed {
+            // Memory that a kernel may still write to must never be freed.
+            Box::leak(Box::new(self.take_overdue()));
+        }
     }
 }

@@ -87,10 +87,7 @@ impl<'a> Batch<'a> {
             blocks: [None; BATCH_LEAVES],
             rejected: None,
         };
-        if !mm.inflight.add(&batch.flight, DEADLINE) {
-            let what = "64 migrations are under way and none ends";
-            return Err(Error::Busy { address: range.start(), what });
-        }
+        batch.take_off(request.select)?;
         batch.wait_for_others();
         let stack = mm.own_stack(range);
         for part in range.by_leaf() {
@@ -99,6 +96,27 @@ impl<'a> Batch<'a> {
         }
         batch.borrow_frames();
         Ok(batch)
+    }
+
+    /// Registers the flight. Only then looks whether pages may leave: whoever forbids it (a fork, a close) waits for
+    /// the flights that were registered before.
+    fn take_off(&self, select: Select) -> Result<()> {
+        let mm = self.mm;
+        loop {
+            if !mm.inflight.add(&self.flight, DEADLINE) {
+                let what = "64 migrations are under way and none ends";
+                return Err(Error::Busy { address: self.range.start(), what });
+            }
+            if !select.contains(Select::SYSTEM) {
+                return Ok(());
+            }
+            mm.check_not_closing()?;
+            if !mm.is_forking() {
+                return Ok(());
+            }
+            mm.inflight.remove(&self.flight);
+            mm.pass_fork_gate()?;
+        }
     }
 
     /// A page that just came home may still be held by the service thread that brought it. While this batch holds

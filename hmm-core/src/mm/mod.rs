@@ -2,6 +2,7 @@
 
 mod access;
 mod faults;
+mod fork_gate;
 pub(crate) mod frames;
 pub(crate) mod inflight;
 mod layout;
@@ -16,11 +17,13 @@ use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
 use crate::engine::{Engine, FaultSink};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
+use crate::fork;
 use crate::limits::DEADLINE;
 use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
 use crate::stats::{Counters, Stats};
 use crate::sync::Mutex;
+use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
 use layout::{RecentlyRemoved, Tickets};
@@ -52,6 +55,8 @@ pub struct Mm {
     closed: AtomicBool,
     /// Serialises `close`.
     close_lock: Mutex<()>,
+    gate: ForkGate,
+    generation: u32,
     me: Weak<Mm>,
 }
 
@@ -77,6 +82,8 @@ impl Mm {
             closing: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             close_lock: Mutex::new(()),
+            gate: ForkGate::default(),
+            generation: fork::generation(),
             me: Weak::clone(me),
         });
         // In a Rust program the mm itself lies in the ordinary heap: it must not migrate.
@@ -106,10 +113,18 @@ impl Mm {
 
     /// `Gone` once the mm is closed.
     pub(crate) fn check_open(&self) -> Result<()> {
+        if self.is_inherited() {
+            return Err(Error::Gone { what: "this mm belongs to the parent process" });
+        }
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::Gone { what: "this mm was closed" });
         }
         Ok(())
+    }
+
+    /// Whether a fork lies between the opening and this process: the service threads are the parent's.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
     }
 
     /// `Gone` as soon as closing began: nothing new may leave for a device.
@@ -117,7 +132,7 @@ impl Mm {
         if self.closing.load(Ordering::Acquire) {
             return Err(Error::Gone { what: "this mm is being closed" });
         }
-        Ok(())
+        self.check_open()
     }
 
     /// The engine's name, for people: `"uffd"`, `"model"`.
@@ -204,6 +219,9 @@ impl Mm {
         if self.engine.is_service_thread() || self.notifiers.in_callback() {
             return Err(Error::Deadlock { what: "an mm cannot be closed from one of its callbacks" });
         }
+        if self.is_inherited() {
+            return Ok(());
+        }
         let _one = self.close_lock.lock();
         if self.closed.load(Ordering::Acquire) {
             return Ok(());
@@ -279,7 +297,9 @@ impl Mm {
 
 impl Drop for Mm {
     fn drop(&mut self) {
-        self.engine.stop();
+        if !self.is_inherited() {
+            self.engine.stop();
+        }
     }
 }
 

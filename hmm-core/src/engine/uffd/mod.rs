@@ -9,6 +9,7 @@ mod abi;
 mod kernel_view;
 mod open;
 mod service;
+mod watch;
 
 use super::{
     Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch,

@@ -4,16 +4,17 @@
 //! before it is released. Only then are faults answered, from the state of the page as it is by now.
 
 use super::abi::{self, Message, Range};
+use super::watch;
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution};
 use crate::error::{Error, Result};
-use crate::limits::EVENT_BATCH;
+use crate::limits::{EVENT_BATCH, STUCK};
 use crate::notifier::this_thread;
 use crate::sync::{Mutex, RwLock};
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,6 +30,11 @@ pub(super) struct Service {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
+struct Stuck {
+    count: usize,
+    address: u64,
+}
+
 struct Shared {
     descriptor: Arc<OwnedFd>,
     layout: Arc<LayoutLock>,
@@ -37,6 +43,16 @@ struct Shared {
     /// pthread handles and kernel ids of the service threads.
     handles: [AtomicUsize; THREADS],
     ids: [AtomicU32; THREADS],
+    work: [Work; THREADS],
+}
+
+/// What a service thread is doing, for the watch.
+#[derive(Default)]
+struct Work {
+    /// Address of the fault that it answers; 0: none.
+    address: AtomicU64,
+    /// Milliseconds since the start of the process's clock.
+    since: AtomicU64,
 }
 
 impl std::fmt::Debug for Shared {
@@ -56,6 +72,7 @@ impl Service {
             stop,
             handles: [const { AtomicUsize::new(0) }; THREADS],
             ids: [const { AtomicU32::new(0) }; THREADS],
+            work: std::array::from_fn(|_| Work::default()),
         };
         Ok(Self { shared: Arc::new(shared), threads: Mutex::new(Vec::new()) })
     }
@@ -63,18 +80,18 @@ impl Service {
     pub(super) fn start(&self, sink: Arc<dyn FaultSink>) -> Result<()> {
         *self.shared.sink.write() = Some(sink);
         let mut threads = self.threads.lock();
-        for (number, cpu) in usable_cpus().into_iter().take(THREADS).enumerate() {
+        for (number, cpu) in usable_cpus().into_iter().take(THREADS - 1).enumerate() {
             let shared = Arc::clone(&self.shared);
             let spawned = std::thread::Builder::new()
                 .name(format!("hmm-uffd/{cpu}"))
                 .stack_size(STACK)
                 .spawn(move || shared.run(number, cpu));
-            threads.push(spawned.map_err(|error| Error::Os {
-                call: "pthread_create",
-                address: VirtAddr::new(0),
-                errno: error.raw_os_error().unwrap_or(libc::EAGAIN),
-            })?);
+            threads.push(spawned.map_err(cannot_start)?);
         }
+        let number = threads.len();
+        let shared = Arc::clone(&self.shared);
+        let watch = std::thread::Builder::new().name("hmm-watch".into()).stack_size(STACK);
+        threads.push(watch.spawn(move || shared.watch(number)).map_err(cannot_start)?);
         drop(threads);
         self.wait_until_running()
     }
@@ -113,6 +130,14 @@ impl Service {
     }
 }
 
+fn cannot_start(error: std::io::Error) -> Error {
+    Error::Os {
+        call: "pthread_create",
+        address: VirtAddr::new(0),
+        errno: error.raw_os_error().unwrap_or(libc::EAGAIN),
+    }
+}
+
 /// Cores that this process may run on.
 fn usable_cpus() -> Vec<usize> {
     let allowed = rustix::thread::sched_getaffinity(None);
@@ -126,19 +151,21 @@ impl Shared {
     fn run(&self, number: usize, cpu: usize) {
         // If this thread disappeared, every later fault would hang: a panic ends the process.
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            self.prepare(number, cpu);
-            self.serve();
+            self.prepare(number, Some(cpu));
+            self.serve(&self.work[number]);
         }));
         if ended.is_err() {
             std::process::abort();
         }
     }
 
-    fn prepare(&self, number: usize, cpu: usize) {
-        let mut set = rustix::thread::CpuSet::new();
-        set.set(cpu);
-        // A core that went offline meanwhile only costs speed.
-        let _ = rustix::thread::sched_setaffinity(None, &set);
+    fn prepare(&self, number: usize, cpu: Option<usize>) {
+        if let Some(cpu) = cpu {
+            let mut set = rustix::thread::CpuSet::new();
+            set.set(cpu);
+            // A core that went offline meanwhile only costs speed.
+            let _ = rustix::thread::sched_setaffinity(None, &set);
+        }
         block_signals();
         if let (Some(stack), Some(sink)) = (own_stack(), &*self.sink.read()) {
             sink.on_own_memory(stack);
@@ -149,7 +176,7 @@ impl Shared {
         self.ids[number].store(id, Ordering::Release);
     }
 
-    fn serve(&self) {
+    fn serve(&self, work: &Work) {
         loop {
             let mut waiting = [
                 PollFd::new(&*self.descriptor, PollFlags::IN),
@@ -161,18 +188,76 @@ impl Shared {
             if !waiting[1].revents().is_empty() {
                 return;
             }
-            self.read_and_answer();
+            self.read_and_answer(work);
         }
     }
 
-    fn read_and_answer(&self) {
+    /// Looks after the others: reports who is stuck, and reads on when all are, so that a callback that waits for
+    /// itself is named instead of hanging in silence.
+    fn watch(&self, number: usize) {
+        self.prepare(number, None);
+        let mut reported = 0;
+        loop {
+            let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
+            let pause = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+            if matches!(rustix::event::poll(&mut stop, Some(&pause)), Ok(1..)) {
+                return;
+            }
+            let stuck = self.stuck(number);
+            if stuck.count > 0 && stuck.address != reported {
+                reported = stuck.address;
+                watch::report_stuck(VirtAddr::new(stuck.address));
+            }
+            if stuck.count == number {
+                self.read_for_stuck_threads();
+            }
+        }
+    }
+
+    fn stuck(&self, threads: usize) -> Stuck {
+        let limit = watch::milliseconds().saturating_sub(STUCK.as_millis() as u64);
+        let mut stuck = Stuck { count: 0, address: 0 };
+        for work in &self.work[..threads] {
+            let address = work.address.load(Ordering::Relaxed);
+            if address != 0 && work.since.load(Ordering::Relaxed) < limit {
+                stuck = Stuck { count: stuck.count + 1, address };
+            }
+        }
+        stuck
+    }
+
+    fn read_for_stuck_threads(&self) {
         let sink = self.sink.read().clone();
         let Some(sink) = sink else { return };
         let mut messages = [Message::default(); EVENT_BATCH];
         let count = self.read_and_apply(&*sink, &mut messages);
         for message in &messages[..count] {
             if message.event == abi::EVENT_PAGEFAULT {
-                self.answer(&*sink, self.fault(message));
+                let fault = self.fault(message);
+                if fault.from_service_thread {
+                    watch::report_self_fault(fault.addr);
+                }
+                // Left in the queue of those who wait: a service thread answers it when it is free again.
+                self.wake(fault.addr);
+            }
+        }
+    }
+
+    fn read_and_answer(&self, work: &Work) {
+        let sink = self.sink.read().clone();
+        let Some(sink) = sink else { return };
+        let mut messages = [Message::default(); EVENT_BATCH];
+        let count = self.read_and_apply(&*sink, &mut messages);
+        for message in &messages[..count] {
+            if message.event == abi::EVENT_PAGEFAULT {
+                let fault = self.fault(message);
+                if fault.from_service_thread {
+                    watch::report_self_fault(fault.addr);
+                }
+                work.since.store(watch::milliseconds(), Ordering::Relaxed);
+                work.address.store(fault.addr.get(), Ordering::Relaxed);
+                self.answer(&*sink, fault);
+                work.address.store(0, Ordering::Relaxed);
             }
         }
     }
