@@ -14,56 +14,67 @@
  * @file hmm.h
  * Heterogeneous memory management in user space.
  *
- * Linux HMM lets a kernel driver mirror a process's address space into its device's page table, keep the two in step, and
- * migrate ordinary pages to device memory and back; when the CPU touches a migrated page it faults, and the driver brings
- * the page home. This library is that for drivers in user space, on the real memory of the process they run in: plain
- * malloc(), mmap(), any pointer.
+ * Linux HMM lets a kernel driver mirror a process's address space into its device's page table,
+ * keep the two in step, and migrate ordinary pages to device memory and back; when the CPU
+ * touches a migrated page it faults, and the driver brings the page home. This library is that
+ * for drivers in user space, on the real memory of the process they run in: plain malloc(),
+ * mmap(), any pointer.
  *
- * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers of its age (kernels v4.14 to
- * v4.17). What is ours and not the kernel's begins with hmm_mm_, hmm_soft_, or is marked "Source: ours". Numbered promises
- * (1 to 82) are the statements of hmm.txt that the tests of this project are named after.
+ * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers
+ * of its age (kernels v4.14 to v4.17). What is ours and not the kernel's begins with hmm_mm_,
+ * hmm_soft_, or is marked "Source: ours". Numbered promises (1 to 82) are the statements of
+ * hmm.txt that the tests of this project are named after.
  *
  * A driver in five steps (examples/c/driver.c is the whole of it):
  *
- *  1. hmm_mm_current() gives the address space; hmm_pin_range() keeps the driver's own memory from migrating.
- *  2. hmm_mirror_register(): from now on sync_cpu_device_pagetables is called for each change of the CPU page table. It takes
- *     the driver's update lock and drops what the device knew of the range.
- *  3. To let the device use a range: hmm_mm_read_lock(), find_vma(), hmm_vma_fault(); then, under the update lock,
- *     hmm_vma_range_done(): if it is true, write the device's page table, else start over.
+ *  1. hmm_mm_current() gives the address space; hmm_pin_range() keeps the driver's own memory
+ *     from migrating.
+ *  2. hmm_mirror_register(): from now on sync_cpu_device_pagetables is called for each change
+ *     of the CPU page table. It takes the driver's update lock and drops what the device knew
+ *     of the range.
+ *  3. To let the device use a range: hmm_mm_read_lock(), find_vma(), hmm_vma_fault(); then,
+ *     under the update lock, hmm_vma_range_done(): if it is true, write the device's page
+ *     table, else start over.
  *  4. hmm_devmem_add() gives device memory pages; migrate_vma() moves pages there and back.
- *  5. The fault callback brings a page home when the CPU touches it, by migrate_vma(); the free callback gets the device
- *     page back.
+ *  5. The fault callback brings a page home when the CPU touches it, by migrate_vma(); the free
+ *     callback gets the device page back.
  *
  * Conventions
  *
- *  - Functions return 0 or a count, or a negative errno. Functions that return a pointer return ERR_PTR(-errno), or NULL where
- *    they say so. hmm_last_error() has the text of the thread's last error. An error changes nothing, except where the
- *    function says so.
- *  - Handles (struct mm_struct, struct vm_area_struct, struct hmm_devmem, struct hmm_device, struct hmm_soft_device) are
- *    checked: NULL, foreign pointers and handles that were given back are refused with -EINVAL. Other pointers must be valid;
- *    NULL and misaligned ones are refused.
- *  - Addresses of ranges are unsigned long where the kernel's are, and pointers in functions of ours. A page is 4 KiB.
- *  - A struct of ours that may grow begins with its size. A shorter one than the library knows is an older one; a longer one
- *    must be zero behind what the library knows.
- *  - Callbacks are called with no lock of the library held, and their structs are copied when they are handed over. They run on
- *    the thread that caused them, which for CPU faults and for layout changes of the process is a service thread of the
- *    library. So they must not touch memory that may migrate: not the heap, not a global, unless pinned. They must not call
- *    malloc(), printf() and the like, and must not leave by longjmp() or an exception. They may call the functions whose
- *    Context says "callbacks included", and what their own description allows.
+ *  - Functions return 0 or a count, or a negative errno. Functions that return a pointer return
+ *    ERR_PTR(-errno), or NULL where they say so. hmm_last_error() has the text of the thread's
+ *    last error. An error changes nothing, except where the function says so.
+ *  - Handles (struct mm_struct, struct vm_area_struct, struct hmm_devmem, struct hmm_device,
+ *    struct hmm_soft_device) are checked: NULL, foreign pointers and handles that were given
+ *    back are refused with -EINVAL. Other pointers must be valid; NULL and misaligned ones are
+ *    refused.
+ *  - Addresses of ranges are unsigned long where the kernel's are, and pointers in functions of
+ *    ours. A page is 4 KiB.
+ *  - A struct of ours that may grow begins with its size. A shorter one than the library knows
+ *    is an older one; a longer one must be zero behind what the library knows.
+ *  - Callbacks are called with no lock of the library held, and their structs are copied when
+ *    they are handed over. They run on the thread that caused them, which for CPU faults and
+ *    for layout changes of the process is a service thread of the library. So they must not
+ *    touch memory that may migrate: not the heap, not a global, unless pinned. They must not
+ *    call malloc(), printf() and the like, and must not leave by longjmp() or an exception.
+ *    They may call the functions whose Context says "callbacks included", and what their own
+ *    description allows.
  *  - Any function may be called from any thread, except where it says otherwise.
- *  - After fork() the child starts clean: handles of the parent are refused with -ENODEV.
+ *  - fork() brings every page home first. In the child the address space of the parent is dead
+ *    (-ENODEV); hmm_mm_current() opens one of the child's own.
  *  - The library stays loaded once it is: dlclose() does not unload it.
  *
  * To compile: cc -I... program.c -lhmm. Define before the include, if wanted:
  *
- *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see the end of this file).
- *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn, find_vma, container_of, ...);
- *    each has a name with hmm_ in front that is always there.
- *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs with a struct device of
- *    their own.
+ *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see
+ *    the end of this file).
+ *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn,
+ *    find_vma, container_of, ...); each has a name with hmm_ in front that is always there.
+ *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs
+ *    with a struct device of their own.
  */
 
-/* The version of this header: of the interface it describes, and of the library it was generated from. */
+/* The version of the interface that this header describes. */
 #define HMM_VERSION_MAJOR 0
 #define HMM_VERSION_MINOR 1
 #define HMM_VERSION_PATCH 0
@@ -74,8 +85,9 @@
 #define HMM_VERSION_NUMBER HMM_VERSION(HMM_VERSION_MAJOR, HMM_VERSION_MINOR, HMM_VERSION_PATCH)
 
 /*
- * Pages. System memory is numbered by its address (pfn = address >> 12), as behind an IOMMU that maps the addresses of the
- * process one to one. Device memory has pfns of its own, from HMM_DEVICE_PFN on.
+ * Pages. System memory is numbered by its address (pfn = address >> 12), as behind an IOMMU
+ * that maps the addresses of the process one to one. Device memory has pfns of its own, from
+ * HMM_DEVICE_PFN on.
  */
 #define HMM_PAGE_SHIFT 12
 #define HMM_PAGE_SIZE (1UL << HMM_PAGE_SHIFT)
@@ -84,8 +96,8 @@
 #define HMM_DEVICE_PFN (1UL << 36)
 
 /*
- * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those of kernel v4.14. With
- * HMM_API_4_17 the same names are indices into the driver's own tables.
+ * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those
+ * of kernel v4.14. With HMM_API_4_17 the same names are indices into the driver's own tables.
  */
 #ifndef HMM_API_4_17
 /** The entry holds a pfn. */
@@ -224,13 +236,14 @@ struct hmm_soft_device;
 /**
  * The address space of this process, as the library sees it: opaque.
  *
- * hmm_mm_current() opens it or takes one more reference, hmm_mm_put() drops one; the last put closes it.
+ * hmm_mm_current() opens it or takes one more reference, hmm_mm_put() drops one; the last put
+ * closes it.
  */
 struct mm_struct;
 
 /**
- * A page of system or device memory: opaque, and nothing is behind the pointer. The pointer's value carries the pfn, with
- * bits set that make any access through it a fault.
+ * A page of system or device memory: opaque, and nothing is behind the pointer. The pointer's
+ * value carries the pfn, with bits set that make any access through it a fault.
  */
 struct page;
 
@@ -243,16 +256,18 @@ struct resource;
 /**
  * One mapping of the process: opaque, read through hmm_vma_start() and its like.
  *
- * A handle comes from find_vma() and lives until the thread that asked for it releases the lock of the address space;
- * a handle that a callback received lives until the callback returns. It is a look at one moment: the process may
- * change its mappings at any time, and every function that takes a vma looks again.
+ * A handle comes from find_vma() and lives until the thread that asked for it releases the lock of
+ * the address space; a handle that a callback received lives until the callback returns. It is a
+ * look at one moment: the process may change its mappings at any time, and every function that
+ * takes a vma looks again.
  */
 struct vm_area_struct;
 
 /**
  * What an address space has counted since it was opened.
  *
- * Set size to sizeof(struct hmm_mm_counters) before the call; later versions may add members at the end.
+ * Set size to sizeof(struct hmm_mm_counters) before the call; later versions may add members at
+ * the end.
  */
 struct hmm_mm_counters {
   /** In: sizeof(struct hmm_mm_counters). */
@@ -285,29 +300,33 @@ struct hmm_mm_counters {
   uint64_t device_pages_dropped;
   /** Pages whose device lost the data: SIGBUS at the touch. */
   uint64_t poisoned;
-  /** Faults raised by the library's own threads: a driver's callback touched memory that migrates. */
+  /**
+   * Faults raised by the library's own threads: a driver's callback touched memory that
+   * migrates.
+   */
   uint64_t self_faults;
 };
 
 /**
  * A driver's side of mirroring. Copied at registration, so it may live on the stack.
  *
- * Both are called with no lock of the library held. They must not touch memory that may migrate (hmm_pin_range() what
- * they need), must not call malloc or free, must not call a function that this header does not mark "callbacks
- * included", and must not leave by longjmp or an exception.
+ * Both are called with no lock of the library held. They must not touch memory that may migrate
+ * (hmm_pin_range() what they need), must not call malloc or free, must not call a function that
+ * this header does not mark "callbacks included", and must not leave by longjmp or an exception.
  */
 struct hmm_mirror_ops {
   /**
-   * Optional. The address space is being closed: the driver must not use the mirror for new device mappings. Called
-   * once for each registered mirror (promise 43). hmm_mirror_unregister() is still the driver's to call, later and
-   * elsewhere.
+   * Optional. The address space is being closed: the driver must not use the mirror for new
+   * device mappings. Called once for each registered mirror (promise 43).
+   * hmm_mirror_unregister() is still the driver's to call, later and elsewhere.
    */
   void (*release)(struct hmm_mirror *mirror);
   /**
-   * Mandatory. The CPU page table changes between start (inclusive) and end (exclusive), which may be more than what
-   * changes, and never less (promise 22). Take the driver's update lock, drop the device's translations of the range
-   * and wait until the device uses none of them, then return: the CPU side waits for it (promises 23 to 25).
-   * Calls for one mirror may come from several threads at once.
+   * Mandatory. The CPU page table changes between start (inclusive) and end (exclusive), which
+   * may be more than what changes, and never less (promise 22). Take the driver's update lock,
+   * drop the device's translations of the range and wait until the device uses none of them,
+   * then return: the CPU side waits for it (promises 23 to 25). Calls for one mirror may come
+   * from several threads at once.
    */
   void (*sync_cpu_device_pagetables)(struct hmm_mirror *mirror,
                                      enum hmm_update_type update_type,
@@ -324,11 +343,11 @@ struct hmm_list {
 };
 
 /**
- * A mirror of an address space. The driver embeds it in a structure of its own, sets ops, registers it, and gets back
- * to its structure with container_of(). It need not be cleared before.
+ * A mirror of an address space. The driver embeds it in a structure of its own, sets ops,
+ * registers it, and gets back to its structure with container_of(). It need not be cleared before.
  *
- * Its pages are pinned while it is registered. It must not move, and may be freed once hmm_mirror_unregister()
- * returned.
+ * Its pages are pinned while it is registered. It must not move, and may be freed once
+ * hmm_mirror_unregister() returned.
  */
 struct hmm_mirror {
   /** The library's. */
@@ -345,8 +364,9 @@ struct hmm_mirror {
 typedef unsigned long hmm_pfn_t;
 
 /**
- * A range of addresses between a look at the CPU page table and hmm_vma_range_done(). The caller provides the memory,
- * usually on its stack, and need not set anything: the look fills it in. It must not move while it is active.
+ * A range of addresses between a look at the CPU page table and hmm_vma_range_done(). The caller
+ * provides the memory, usually on its stack, and need not set anything: the look fills it in. It
+ * must not move while it is active.
  */
 struct hmm_range {
   /** The library's. */
@@ -362,7 +382,8 @@ struct hmm_range {
 };
 
 /**
- * A range in the form of kernel v4.17, which the header calls `struct hmm_range` when HMM_API_4_17 is defined.
+ * A range in the form of kernel v4.17, which the header calls `struct hmm_range` when HMM_API_4_17
+ * is defined.
  *
  * The driver sets every member but list and valid before hmm_vma_get_pfns() or hmm_vma_fault().
  */
@@ -375,13 +396,19 @@ struct hmm_range_4_17 {
   unsigned long start;
   /** First address behind the range, page aligned. */
   unsigned long end;
-  /** One entry for each page. For hmm_vma_fault() each says, in the driver's own flags, what is wanted of its page. */
+  /**
+   * One entry for each page. For hmm_vma_fault() each says, in the driver's own flags, what is
+   * wanted of its page.
+   */
   uint64_t *pfns;
-  /** The driver's bits for HMM_PFN_VALID, HMM_PFN_WRITE and HMM_PFN_DEVICE_PRIVATE, in this order. */
+  /**
+   * The driver's bits for HMM_PFN_VALID, HMM_PFN_WRITE and HMM_PFN_DEVICE_PRIVATE, in this
+   * order.
+   */
   const uint64_t *flags;
   /**
-   * The driver's whole entries for HMM_PFN_ERROR, HMM_PFN_NONE and HMM_PFN_SPECIAL, in this order. Choose 0 for NONE:
-   * entries that are invalidated become 0.
+   * The driver's whole entries for HMM_PFN_ERROR, HMM_PFN_NONE and HMM_PFN_SPECIAL, in this
+   * order. Choose 0 for NONE: entries that are invalidated become 0.
    */
   const uint64_t *values;
   /** How far a pfn is shifted in an entry; at most 12. */
@@ -420,29 +447,32 @@ struct hmm_device;
 /**
  * A driver's side of device memory. Copied by hmm_devmem_add(), so it may live on the stack.
  *
- * Both are called with no lock of the library held, fault usually on a thread that answers CPU faults. They must not
- * touch memory that may migrate (hmm_pin_range() what they need), must not call malloc or free, and must not leave by
- * longjmp or an exception.
+ * Both are called with no lock of the library held, fault usually on a thread that answers CPU
+ * faults. They must not touch memory that may migrate (hmm_pin_range() what they need), must not
+ * call malloc or free, and must not leave by longjmp or an exception.
  */
 struct hmm_devmem_ops {
   /**
-   * Mandatory. The last reference to a device page is gone: nobody uses it any more, and the driver may reuse it at
-   * once, even before it returns (promises 48, 56). Called exactly once for each page that was named as a destination
-   * of a migration, also when that migration failed. The driver's locks may be taken, but must not be held around
-   * calls that free pages (hmm_devmem_remove, migrate_vma, munmap).
+   * Mandatory. The last reference to a device page is gone: nobody uses it any more, and the
+   * driver may reuse it at once, even before it returns (promises 48, 56). Called exactly once
+   * for each page that was named as a destination of a migration, also when that migration
+   * failed. The driver's locks may be taken, but must not be held around calls that free pages
+   * (hmm_devmem_remove, migrate_vma, munmap).
    */
   void (*free)(struct hmm_devmem *devmem, struct page *page);
   /**
-   * Mandatory. The CPU touches addr, whose page is on the device. Bring it home with migrate_vma(), on a range inside
-   * vma that holds addr; neighbours may come along (promises 49, 50). The calling thread counts as holding the lock of
-   * the address space for reading, and vma lives until the return.
+   * Mandatory. The CPU touches addr, whose page is on the device. Bring it home with
+   * migrate_vma(), on a range inside vma that holds addr; neighbours may come along (promises
+   * 49, 50). The calling thread counts as holding the lock of the address space for reading, and
+   * vma lives until the return.
    *
-   * page is the device page, as a hint: it may have come home meanwhile, and then there is nothing left to do. flags is
-   * a set of FAULT_FLAG_WRITE and FAULT_FLAG_REMOTE (a request of the library or another thread, not a touch). pmdp
-   * is NULL.
+   * page is the device page, as a hint: it may have come home meanwhile, and then there is
+   * nothing left to do. flags is a set of FAULT_FLAG_WRITE and FAULT_FLAG_REMOTE (a request of
+   * the library or another thread, not a touch). pmdp is NULL.
    *
-   * Returns 0 or VM_FAULT_MAJOR when it was done, VM_FAULT_SIGBUS when the data is lost (the CPU access gets SIGBUS,
-   * never zeros), VM_FAULT_OOM when there is no memory now (the access is tried again).
+   * Returns 0 or VM_FAULT_MAJOR when it was done, VM_FAULT_SIGBUS when the data is lost (the CPU
+   * access gets SIGBUS, never zeros), VM_FAULT_OOM when there is no memory now (the access is
+   * tried again).
    */
   int (*fault)(struct hmm_devmem *devmem,
                struct vm_area_struct *vma,
@@ -453,8 +483,8 @@ struct hmm_devmem_ops {
 };
 
 /**
- * Device memory that the library made page descriptors for. Made by hmm_devmem_add(), read by the driver, given back
- * to hmm_devmem_remove().
+ * Device memory that the library made page descriptors for. Made by hmm_devmem_add(), read by the
+ * driver, given back to hmm_devmem_remove().
  */
 struct hmm_devmem {
   /** First page. */
@@ -472,19 +502,22 @@ struct hmm_devmem {
 /**
  * A driver's side of a migration. Copied by migrate_vma().
  *
- * Both are called on the thread that called migrate_vma(), with no lock of the library held. A large range may be cut
- * into several batches: then both are called once for each, with that batch's start and end, and with src and dst
- * pointing at that batch's first entries of the caller's arrays.
+ * Both are called on the thread that called migrate_vma(), with no lock of the library held. A
+ * large range may be cut into several batches: then both are called once for each, with that
+ * batch's start and end, and with src and dst pointing at that batch's first entries of the
+ * caller's arrays.
  */
 struct migrate_vma_ops {
   /**
-   * Mandatory. For each entry of src with MIGRATE_PFN_MIGRATE: choose a destination page, copy (or clear it, when src
-   * has no MIGRATE_PFN_VALID: nothing was there), and store migrate_pfn(pfn) | MIGRATE_PFN_LOCKED in dst, with
-   * MIGRATE_PFN_DEVICE for a device page. Leave dst 0 to let a page stay where it is. The pages are taken from the CPU:
-   * nobody can change them meanwhile (promise 61). src must not be changed.
+   * Mandatory. For each entry of src with MIGRATE_PFN_MIGRATE: choose a destination page, copy
+   * (or clear it, when src has no MIGRATE_PFN_VALID: nothing was there), and store
+   * migrate_pfn(pfn) | MIGRATE_PFN_LOCKED in dst, with MIGRATE_PFN_DEVICE for a device page.
+   * Leave dst 0 to let a page stay where it is. The pages are taken from the CPU: nobody can
+   * change them meanwhile (promise 61). src must not be changed.
    *
-   * A source with MIGRATE_PFN_DEVICE is on a device, which need not be the driver's own: compare its pfn. Others are
-   * readable by the CPU at pfn_to_virt(). A destination in system memory comes from hmm_vma_alloc_locked_page(vma).
+   * A source with MIGRATE_PFN_DEVICE is on a device, which need not be the driver's own: compare
+   * its pfn. Others are readable by the CPU at pfn_to_virt(). A destination in system memory
+   * comes from hmm_vma_alloc_locked_page(vma).
    */
   void (*alloc_and_copy)(struct vm_area_struct *vma,
                          const unsigned long *src,
@@ -493,8 +526,9 @@ struct migrate_vma_ops {
                          unsigned long end,
                          void *private_data);
   /**
-   * Mandatory. The outcome: entries of src that still have MIGRATE_PFN_MIGRATE moved, and only those (promise 62). The
-   * pages are still locked, so device page tables may be updated here (promise 63). src and dst must not be changed.
+   * Mandatory. The outcome: entries of src that still have MIGRATE_PFN_MIGRATE moved, and only
+   * those (promise 62). The pages are still locked, so device page tables may be updated here
+   * (promise 63). src and dst must not be changed.
    */
   void (*finalize_and_map)(struct vm_area_struct *vma,
                            const unsigned long *src,
@@ -505,13 +539,16 @@ struct migrate_vma_ops {
 };
 
 /**
- * What a soft device shall be like. Set size to sizeof(struct hmm_soft_config), and every member that is left 0 gets its
- * default.
+ * What a soft device shall be like. Set size to sizeof(struct hmm_soft_config), and every member
+ * that is left 0 gets its default.
  */
 struct hmm_soft_config {
   /** sizeof(struct hmm_soft_config). */
   uint32_t size;
-  /** When pages move to the device: HMM_SOFT_ON_REQUEST (the default), HMM_SOFT_ON_TOUCH or HMM_SOFT_NEVER. */
+  /**
+   * When pages move to the device: HMM_SOFT_ON_REQUEST (the default), HMM_SOFT_ON_TOUCH or
+   * HMM_SOFT_NEVER.
+   */
   uint32_t policy;
   /** Device memory in bytes, a whole number of pages up to 256 GiB. Default: 64 MiB. */
   uint64_t memory_bytes;
@@ -526,8 +563,8 @@ struct hmm_soft_config {
 };
 
 /**
- * What a soft device has counted since it was made. Set size to sizeof(struct hmm_soft_counters) before the call; later
- * versions may add members at the end.
+ * What a soft device has counted since it was made. Set size to sizeof(struct hmm_soft_counters)
+ * before the call; later versions may add members at the end.
  */
 struct hmm_soft_counters {
   /** In: sizeof(struct hmm_soft_counters). */
@@ -546,7 +583,10 @@ struct hmm_soft_counters {
   uint64_t evictions;
   /** Invalidation callbacks received. */
   uint64_t invalidations;
-  /** Times that a range changed while a device fault looked at it, or a page went away before it was used. */
+  /**
+   * Times that a range changed while a device fault looked at it, or a page went away before it
+   * was used.
+   */
   uint64_t retries;
   /** Kernels that ended, well or not. */
   uint64_t jobs;
@@ -556,14 +596,15 @@ struct hmm_soft_counters {
 extern "C" {
 #endif // __cplusplus
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Version and errors
- * --------------------------------------------------------------------------------------------------------------------- */
+ * ------------------------------------------------------------------------------------------ */
 
 /**
  * The version of the library that runs, which may be newer than the header that was compiled in.
  *
- * A program that needs something of version 0.2.0 asks for `hmm_version() >= HMM_VERSION(0, 2, 0)`.
+ * A program that needs something of version 0.2.0 asks for `hmm_version() >= HMM_VERSION(0, 2,
+ * 0)`.
  *
  * @return The number that HMM_VERSION() composes: major << 16 | minor << 8 | patch.
  *
@@ -585,11 +626,12 @@ const char *hmm_version_string(void);
 /**
  * The text of the calling thread's last error.
  *
- * It says what was wrong, at which address, and often what to do about it: "invalid argument at 0x7f0012345001:
- * range is not page aligned". Every function that returns an error leaves one; a success leaves the text as it is.
+ * It says what was wrong, at which address, and often what to do about it: "invalid argument at
+ * 0x7f0012345001: range is not page aligned". Every function that returns an error leaves one; a
+ * success leaves the text as it is.
  *
- * @return A NUL-terminated string, empty when no call of this thread failed yet. It belongs to the library and stays
- * as it is until this thread calls hmm_last_error() again. Never NULL.
+ * @return A NUL-terminated string, empty when no call of this thread failed yet. It belongs to the
+ * library and stays as it is until this thread calls hmm_last_error() again. Never NULL.
  *
  * Context: any thread, but not inside a callback (the first call on a thread may allocate).
  * Source: ours.
@@ -599,9 +641,10 @@ const char *hmm_last_error(void);
 /**
  * The errno of the calling thread's last failure, or of the last function that returns nothing.
  *
- * Some functions return nothing because their kernel models do: hmm_mirror_unregister(), hmm_devmem_remove(),
- * hmm_device_put(), hmm_devmem_page_set_drvdata(), the unlock functions' relatives. They leave their outcome here:
- * 0 when they did what was asked, else the error.
+ * Some functions return nothing because their kernel models do: hmm_mirror_unregister(),
+ * hmm_devmem_remove(), hmm_device_put(), hmm_devmem_page_set_drvdata(). They leave their outcome
+ * here: 0 when they did what was asked, else the error. So do hmm_find_vma() and
+ * hmm_vma_alloc_locked_page(), whose NULL has several reasons.
  *
  * @return 0, or a negative errno such as -EINVAL.
  *
@@ -610,20 +653,25 @@ const char *hmm_last_error(void);
  */
 int hmm_last_errno(void);
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * The address space
  *
- * One address space is managed: that of the process itself. Everything below needs it, and whoever needs it takes a
- * reference of its own.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * One address space is managed: that of the process itself. Everything below needs it, and
+ * whoever needs it takes a reference of its own.
+ * ------------------------------------------------------------------------------------------ */
 
 /**
  * Opens the address space of this process, or takes one more reference to it.
  *
- * The first call chooses the engine (environment variable HMM_ENGINE: auto, or uffd) and starts its service threads.
+ * The first call chooses the engine (environment variable HMM_ENGINE: auto, or uffd) and starts
+ * its service threads.
  *
- * @return The address space: the same pointer for every caller until the last hmm_mm_put(). On failure ERR_PTR():
- * -EOPNOTSUPP no engine works on this kernel, and hmm_last_error() says why and what would help; -ENOMEM; -EBUSY.
+ * @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
+ * failure ERR_PTR():
+ *  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
+ *    help;
+ *  - -ENOMEM;
+ *  - -EBUSY.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; stands for the kernel's current->mm with mmget().
@@ -633,14 +681,19 @@ struct mm_struct *hmm_mm_current(void);
 /**
  * Drops one reference; the last one closes the address space.
  *
- * Closing calls the release callback of each mirror once, brings every page home from its device, and stops the
- * service threads. Mirrors stay the driver's to unregister; device memory stays the driver's to remove.
+ * Closing calls the release callback of each mirror once, brings every page home from its device,
+ * and stops the service threads. Mirrors stay the driver's to unregister; device memory stays the
+ * driver's to remove.
  *
  * @param mm  What hmm_mm_current() returned.
- * @return 0; -EINVAL mm is no live handle; -EDEADLK called from inside a callback; -EBUSY, -EIO a device did not give
- * its pages back (the reference is kept, nothing is lost, try again).
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle;
+ *  - -EDEADLK: called from inside a callback;
+ *  - -EBUSY, -EIO: a device did not give its pages back (the reference is kept, nothing is lost,
+ *    try again).
  *
- * Context: any thread, but not inside a callback; may block; calls release, fault and free callbacks.
+ * Context: any thread, but not inside a callback; may block; calls release, fault and free
+ * callbacks.
  * Source: the kernel's mmput(); promise 43.
  */
 int hmm_mm_put(struct mm_struct *mm);
@@ -649,7 +702,8 @@ int hmm_mm_put(struct mm_struct *mm);
  * The name of the engine that changes CPU mappings, for people ("uffd").
  *
  * @param mm  The address space.
- * @return A string that lives as long as the address space is open; NULL when mm is no live handle.
+ * @return A string that lives as long as the address space is open; NULL when mm is no live
+ * handle.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: ours.
@@ -657,13 +711,16 @@ int hmm_mm_put(struct mm_struct *mm);
 const char *hmm_mm_engine(const struct mm_struct *mm);
 
 /**
- * Waits until layout changes that were made before this call are applied and their callbacks are done.
+ * Waits until layout changes that were made before this call are applied and their callbacks are
+ * done.
  *
- * munmap(), mremap() and madvise() of the process are reported to the library while they happen. A thread that made
- * one and then starts device work calls this in between, so that the device cannot use a translation from before.
+ * munmap(), mremap() and madvise() of the process are reported to the library while they happen. A
+ * thread that made one and then starts device work calls this in between, so that the device
+ * cannot use a translation from before.
  *
  * @param mm  The address space.
- * @return 0; -EINVAL mm is no live handle.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; stands for the synchronous invalidation of hmm.txt, section 4 (promise 23).
@@ -679,16 +736,15 @@ int hmm_mm_sync(struct mm_struct *mm);
  * @param addr    First byte to read; need not be mapped.
  * @param buffer  Where the bytes go; plain memory of the caller.
  * @param length  Bytes to read.
- * @return The bytes read, fewer than length when the mapping ends before; -EFAULT nothing is readable at addr;
- * -EINVAL mm is no live handle, buffer is NULL, or length above SSIZE_MAX; -ENODEV closed.
+ * @return The bytes read, fewer than length when the mapping ends before, or:
+ *  - -EFAULT: nothing is readable at addr;
+ *  - -EINVAL: mm is no live handle, buffer is NULL, or length above SSIZE_MAX;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; compare process_vm_readv(2).
  */
-long hmm_mm_read(struct mm_struct *mm,
-                 const void *addr,
-                 void *buffer,
-                 size_t length);
+long hmm_mm_read(struct mm_struct *mm, const void *addr, void *buffer, size_t length);
 
 /**
  * Writes memory of the process without ever raising a signal.
@@ -699,36 +755,32 @@ long hmm_mm_read(struct mm_struct *mm,
  * @param addr    First byte to write; need not be mapped.
  * @param buffer  The bytes; plain memory of the caller.
  * @param length  Bytes to write.
- * @return The bytes written, fewer than length when the writable mapping ends before; -EFAULT nothing is writable at
- * addr; -EINVAL mm is no live handle, buffer is NULL, or length above SSIZE_MAX; -ENODEV closed.
+ * @return The bytes written, fewer than length when the writable mapping ends before, or:
+ *  - -EFAULT: nothing is writable at addr;
+ *  - -EINVAL: mm is no live handle, buffer is NULL, or length above SSIZE_MAX;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; compare process_vm_writev(2).
  */
-long hmm_mm_write(struct mm_struct *mm,
-                  void *addr,
-                  const void *buffer,
-                  size_t length);
+long hmm_mm_write(struct mm_struct *mm, void *addr, const void *buffer, size_t length);
 
 /**
- * Reads memory of the process only if that needs no waiting: for a device engine that works under the driver's update
- * lock, where a fault would wait for itself.
+ * Reads memory of the process only if that needs no waiting: for a device engine that works under
+ * the driver's update lock, where a fault would wait for itself.
  *
  * @param mm      The address space.
  * @param addr    First byte to read; need not be mapped.
  * @param buffer  Where the bytes go; memory of the caller that does not migrate.
  * @param length  Bytes to read.
- * @return True when all bytes were read. False when some page of them is not present (it is on a device, on its way, never
- * touched, not mapped); then buffer may be partly written. Let go of the lock, use hmm_vma_fault(), and try again. Also
- * false for bad arguments.
+ * @return True when all bytes were read. False when some page of them is not present (it is on a
+ * device, on its way, never touched, not mapped); then buffer may be partly written. Let go of the
+ * lock, use hmm_vma_fault(), and try again. Also false for bad arguments.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: ours; stands for an access through the device's page table.
  */
-bool hmm_mm_peek(struct mm_struct *mm,
-                 const void *addr,
-                 void *buffer,
-                 size_t length);
+bool hmm_mm_peek(struct mm_struct *mm, const void *addr, void *buffer, size_t length);
 
 /**
  * Writes memory of the process only if that needs no waiting; see hmm_mm_peek().
@@ -737,36 +789,35 @@ bool hmm_mm_peek(struct mm_struct *mm,
  * @param addr    First byte to write; need not be mapped.
  * @param buffer  The bytes; memory of the caller that does not migrate.
  * @param length  Bytes to write.
- * @return True when all bytes were written. False when some page of them is not present or not writable; then the bytes of
- * earlier pages may be written. Also false for bad arguments.
+ * @return True when all bytes were written. False when some page of them is not present or not
+ * writable; then the bytes of earlier pages may be written. Also false for bad arguments.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: ours; stands for an access through the device's page table.
  */
-bool hmm_mm_poke(struct mm_struct *mm,
-                 void *addr,
-                 const void *buffer,
-                 size_t length);
+bool hmm_mm_poke(struct mm_struct *mm, void *addr, const void *buffer, size_t length);
 
 /**
  * Brings a range home and keeps it in system memory until it is unpinned.
  *
- * For memory that a driver's callbacks touch, or that they hold a lock over: the driver's structure, its page table,
- * its lists. A callback that touched a page that is on a device would wait for itself.
- * Pins count: what is pinned twice is unpinned twice, with the same addr and length.
+ * For memory that a driver's callbacks touch, or that they hold a lock over: the driver's
+ * structure, its page table, its lists. A callback that touched a page that is on a device would
+ * wait for itself. Pins count: what is pinned twice is unpinned twice, with the same addr and
+ * length.
  *
  * @param mm      The address space.
  * @param addr    Anywhere in the first page.
  * @param length  Bytes; every page that they touch is pinned.
- * @return 0 (what is not mapped counts as home); -EINVAL mm is no live handle, addr is NULL, length is 0 or overflows;
- * -EBUSY, -EIO a page did not come home; -ENOMEM more than 4096 pins; -ENODEV closed.
+ * @return 0 (what is not mapped counts as home), or:
+ *  - -EINVAL: mm is no live handle, addr is NULL, length is 0 or overflows;
+ *  - -EBUSY, -EIO: a page did not come home;
+ *  - -ENOMEM: more than 4096 pins;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; compare the kernel's pin_user_pages().
  */
-int hmm_pin_range(struct mm_struct *mm,
-                  const void *addr,
-                  size_t length);
+int hmm_pin_range(struct mm_struct *mm, const void *addr, size_t length);
 
 /**
  * Takes back one hmm_pin_range() of the same pages.
@@ -774,14 +825,14 @@ int hmm_pin_range(struct mm_struct *mm,
  * @param mm      The address space.
  * @param addr    As given to hmm_pin_range().
  * @param length  As given to hmm_pin_range().
- * @return 0; -EINVAL mm is no live handle, a bad range, or these pages were not pinned by one call; -ENODEV closed.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, a bad range, or these pages were not pinned by one call;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; does not block for long.
  * Source: ours; compare the kernel's unpin_user_pages().
  */
-int hmm_unpin_range(struct mm_struct *mm,
-                    const void *addr,
-                    size_t length);
+int hmm_unpin_range(struct mm_struct *mm, const void *addr, size_t length);
 
 /**
  * Brings a range home and makes it present, as if the CPU had touched every page of it.
@@ -790,16 +841,19 @@ int hmm_unpin_range(struct mm_struct *mm,
  * @param addr    Anywhere in the first page.
  * @param length  Bytes; every page that they touch is made present.
  * @param write   As if for writing: copy-on-write is broken.
- * @return Pages that came home from devices; -EINVAL mm is no live handle, or a bad range; -EFAULT something is not
- * mapped; -EPERM the protection forbids it; -EIO a device lost a page; -EBUSY; -ENOMEM; -ENODEV closed.
+ * @return Pages that came home from devices, or:
+ *  - -EINVAL: mm is no live handle, or a bad range;
+ *  - -EFAULT: something is not mapped;
+ *  - -EPERM: the protection forbids it;
+ *  - -EIO: a device lost a page;
+ *  - -EBUSY;
+ *  - -ENOMEM;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
  * Source: ours; compare madvise(MADV_POPULATE_WRITE).
  */
-long hmm_make_present(struct mm_struct *mm,
-                      const void *addr,
-                      size_t length,
-                      bool write);
+long hmm_make_present(struct mm_struct *mm, const void *addr, size_t length, bool write);
 
 /**
  * Tells where each page of a range is, without touching it.
@@ -807,10 +861,12 @@ long hmm_make_present(struct mm_struct *mm,
  * @param mm      The address space.
  * @param addr    Anywhere in the first page.
  * @param length  Bytes; every page that they touch is reported.
- * @param places  One byte for each page: HMM_RESIDENCY_NONE, _SYSTEM, _DEVICE, _MIGRATING, _POISONED or _UNMAPPED.
+ * @param places  One byte for each page: HMM_RESIDENCY_NONE, _SYSTEM, _DEVICE, _MIGRATING,
+ *                _POISONED or _UNMAPPED.
  * @param count   Bytes at places; at least one for each page.
- * @return 0; -EINVAL mm is no live handle, a bad range, places is NULL or too small; -ENODEV closed (places may then be
- * partly written).
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, a bad range, places is NULL or too small;
+ *  - -ENODEV: closed (places may then be partly written).
  *
  * Context: any thread, but not inside a callback; does not block for long.
  * Source: ours; compare mincore(2).
@@ -824,40 +880,40 @@ int hmm_residency(struct mm_struct *mm,
 /**
  * Reads the counters of an address space.
  *
- * Device pages count in the process's size as before their migration (hmm.txt, section 7): what the process uses is
- * the rss that /proc reports plus `device_pages`.
+ * Device pages count in the process's size as before their migration (hmm.txt, section 7): what
+ * the process uses is the rss that /proc reports plus `device_pages`.
  *
  * @param mm        The address space.
  * @param counters  Its size member says how much the caller knows; the rest is filled in.
- * @return 0; -EINVAL mm is no live handle, counters is NULL or misaligned, or its size is below 4.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, counters is NULL or misaligned, or its size is below 4.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: ours; hmm.txt section 7 for what counts.
  */
-int hmm_mm_counters(const struct mm_struct *mm,
-                    struct hmm_mm_counters *counters);
+int hmm_mm_counters(const struct mm_struct *mm, struct hmm_mm_counters *counters);
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Mappings, and the lock of the address space
- * --------------------------------------------------------------------------------------------------------------------- */
+ * ------------------------------------------------------------------------------------------ */
 
 /**
  * Finds the first mapping that ends above an address.
  *
- * As in the kernel the mapping may begin above the address: compare with hmm_vma_start(). The header offers the
- * kernel's name find_vma() for it.
+ * As in the kernel the mapping may begin above the address: compare with hmm_vma_start(). The
+ * header offers the kernel's name find_vma() for it.
  *
  * @param mm    The address space; the caller holds its lock (either way), or is inside a callback.
  * @param addr  Any address.
- * @return A handle that lives until the lock is released (or the callback returns). NULL when there is no such mapping,
- * and also on errors, which hmm_last_errno() tells apart: 0 no mapping, -EINVAL mm is no live handle or the lock is not
- * held, -ENODEV the address space is closed, -ENOMEM more than 4096 handles are alive.
+ * @return A handle that lives until the lock is released (or the callback returns). NULL when
+ * there is no such mapping, and also on errors, which hmm_last_errno() tells apart: 0 no mapping,
+ * -EINVAL mm is no live handle or the lock is not held, -ENODEV the address space is closed,
+ * -ENOMEM more than 4096 handles are alive.
  *
  * Context: any thread that holds the lock, callbacks included; does not block.
  * Source: the kernel's find_vma().
  */
-struct vm_area_struct *hmm_find_vma(struct mm_struct *mm,
-                                    unsigned long addr);
+struct vm_area_struct *hmm_find_vma(struct mm_struct *mm, unsigned long addr);
 
 /**
  * First address of a vma.
@@ -885,8 +941,8 @@ unsigned long hmm_vma_end(const struct vm_area_struct *vma);
  * Protection and kind of a vma.
  *
  * @param vma  A live handle.
- * @return A set of VM_READ, VM_WRITE, VM_EXEC, VM_SHARED, VM_HUGETLB and VM_PFNMAP; 0 also when vma is not a live
- * handle.
+ * @return A set of VM_READ, VM_WRITE, VM_EXEC, VM_SHARED, VM_HUGETLB and VM_PFNMAP; 0 also when
+ * vma is not a live handle.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: the kernel's vm_area_struct.vm_flags.
@@ -897,7 +953,8 @@ unsigned long hmm_vma_flags(const struct vm_area_struct *vma);
  * The address space of a vma.
  *
  * @param vma  A live handle.
- * @return The mm, without a new reference: it is valid as long as the vma is. NULL when vma is not a live handle.
+ * @return The mm, without a new reference: it is valid as long as the vma is. NULL when vma is not
+ * a live handle.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: the kernel's vm_area_struct.vm_mm.
@@ -907,13 +964,17 @@ struct mm_struct *hmm_vma_mm(const struct vm_area_struct *vma);
 /**
  * Takes the lock of an address space shared (the kernel's mmap_lock, once mmap_sem).
  *
- * The lock orders drivers among themselves, and a vma handle lives as long as it is held. It does not stop the process
- * from changing its mappings (no user-space lock could): ranges are validated by hmm_vma_range_done() for that.
- * Nests on one thread. Inside fault, alloc_and_copy and finalize_and_map callbacks the thread counts as holding it.
+ * The lock orders drivers among themselves, and a vma handle lives as long as it is held. It does
+ * not stop the process from changing its mappings (no user-space lock could): ranges are validated
+ * by hmm_vma_range_done() for that. Nests on one thread. Inside fault, alloc_and_copy and
+ * finalize_and_map callbacks the thread counts as holding it.
  *
  * @param mm  The address space.
- * @return 0; -EINVAL mm is no live handle; -EDEADLK this thread holds it for writing; -EBUSY it was not free for 10
- * seconds; -ENOMEM more than 1024 threads hold locks.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle;
+ *  - -EDEADLK: this thread holds it for writing;
+ *  - -EBUSY: it was not free for 10 seconds;
+ *  - -ENOMEM: more than 1024 threads hold locks.
  *
  * Context: any thread; blocks while another thread holds it for writing.
  * Source: the kernel's mmap_read_lock().
@@ -924,7 +985,8 @@ int hmm_mm_read_lock(struct mm_struct *mm);
  * Releases what hmm_mm_read_lock() took; the vma handles that this thread got meanwhile end.
  *
  * @param mm  The address space.
- * @return 0; -EINVAL mm is no live handle, or this thread does not hold the lock for reading.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, or this thread does not hold the lock for reading.
  *
  * Context: the thread that took it; does not block.
  * Source: the kernel's mmap_read_unlock().
@@ -935,8 +997,11 @@ int hmm_mm_read_unlock(struct mm_struct *mm);
  * Takes the lock of an address space alone; does not nest.
  *
  * @param mm  The address space.
- * @return 0; -EINVAL mm is no live handle; -EDEADLK this thread holds it already, or is inside a callback; -EBUSY it
- * was not free for 10 seconds; -ENOMEM more than 1024 threads hold locks.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle;
+ *  - -EDEADLK: this thread holds it already, or is inside a callback;
+ *  - -EBUSY: it was not free for 10 seconds;
+ *  - -ENOMEM: more than 1024 threads hold locks.
  *
  * Context: any thread, but not inside a callback; blocks while others hold it.
  * Source: the kernel's mmap_write_lock().
@@ -947,19 +1012,21 @@ int hmm_mm_write_lock(struct mm_struct *mm);
  * Releases what hmm_mm_write_lock() took; the vma handles that this thread got meanwhile end.
  *
  * @param mm  The address space.
- * @return 0; -EINVAL mm is no live handle, or this thread does not hold the lock for writing.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, or this thread does not hold the lock for writing.
  *
  * Context: the thread that took it; does not block.
  * Source: the kernel's mmap_write_unlock().
  */
 int hmm_mm_write_unlock(struct mm_struct *mm);
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Mirroring the address space (hmm.txt, section 4)
  *
- * The device has a page table of its own. A mirror tells the driver what to drop from it; a range call tells it what to put
- * into it. One lock of the driver's, its update lock, makes the two fit: the callback takes it, and so does the code that
- * writes the device's page table, which asks hmm_vma_range_done() under it:
+ * The device has a page table of its own. A mirror tells the driver what to drop from it; a
+ * range call tells it what to put into it. One lock of the driver's, its update lock, makes the
+ * two fit: the callback takes it, and so does the code that writes the device's page table,
+ * which asks hmm_vma_range_done() under it:
  *
  *     again:
  *       ret = hmm_vma_fault(vma, &range, start, end, pfns, write, true);
@@ -974,54 +1041,62 @@ int hmm_mm_write_unlock(struct mm_struct *mm);
  *       release_lock(driver->update);
  *
  * Bound the number of rounds: somebody may change the range all the time.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * ------------------------------------------------------------------------------------------ */
 
 /**
- * Registers a mirror of an address space: from its return on, the mirror's callback is called for every change of the
- * CPU page table, in every range that a call of the library has looked at or migrated.
+ * Registers a mirror of an address space: from its return on, the mirror's callback is called for
+ * every change of the CPU page table, in every range that a call of the library has looked at or
+ * migrated.
  *
- * Takes the lock of the address space for writing itself, as hmm.txt tells it. (The merged kernels want it held; with
- * HMM_API_4_17 the name stands for hmm_mirror_register_locked().) Any number of mirrors may be registered on one address
- * space, and each gets every update.
+ * Takes the lock of the address space for writing itself, as hmm.txt tells it. (The merged kernels
+ * want it held; with HMM_API_4_17 the name stands for hmm_mirror_register_locked().) Any number of
+ * mirrors may be registered on one address space, and each gets every update.
  *
- * @param mirror  The driver's structure; mirror->ops is set, and ops->sync_cpu_device_pagetables with it.
+ * @param mirror  The driver's structure; mirror->ops is set, and ops->sync_cpu_device_pagetables
+ *                with it.
  * @param mm      The address space.
- * @return 0; -EINVAL mirror, its ops or the callback is NULL, a pointer is misaligned, or mm is no live handle; -EBUSY
- * the mirror is registered already, or the lock was not free for 10 seconds; -EDEADLK this thread holds the lock, or is
- * inside a callback; -ENOMEM more than 1024 mirrors; -EFAULT the mirror's memory cannot be pinned; -ENODEV closed.
+ * @return 0, or:
+ *  - -EINVAL: mirror, its ops or the callback is NULL, a pointer is misaligned, or mm is no live
+ *    handle;
+ *  - -EBUSY: the mirror is registered already, or the lock was not free for 10 seconds;
+ *  - -EDEADLK: this thread holds the lock, or is inside a callback;
+ *  - -ENOMEM: more than 1024 mirrors;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback, and without the lock; may block.
  * Source: hmm.txt section 4; promises 18 to 20.
  */
-int hmm_mirror_register(struct hmm_mirror *mirror,
-                        struct mm_struct *mm);
+int hmm_mirror_register(struct hmm_mirror *mirror, struct mm_struct *mm);
 
 /**
  * Registers a mirror; for callers that hold the lock of the address space for writing.
  *
  * @param mirror  As for hmm_mirror_register().
  * @param mm      The address space, locked by hmm_mm_write_lock() on this thread.
- * @return As hmm_mirror_register(), but -EINVAL when the lock is not held for writing by this thread.
+ * @return As hmm_mirror_register(), but -EINVAL when the lock is not held for writing by this
+ * thread.
  *
  * Context: the thread that holds the lock; may block.
  * Source: hmm.txt section 4; promise 19; hmm_mirror_register() of kernels v4.14 to v4.17.
  */
-int hmm_mirror_register_locked(struct hmm_mirror *mirror,
-                               struct mm_struct *mm);
+int hmm_mirror_register_locked(struct hmm_mirror *mirror, struct mm_struct *mm);
 
 /**
- * Unregisters a mirror: once it returned, no callback of the mirror runs or will run, and the structure may be freed.
+ * Unregisters a mirror: once it returned, no callback of the mirror runs or will run, and the
+ * structure may be freed.
  *
- * Waits for callbacks that are running, at most 10 seconds. The driver's update lock must not be held: a callback may
- * be waiting for it. A mirror that is not registered is left alone.
+ * Waits for callbacks that are running, at most 10 seconds. The driver's update lock must not be
+ * held: a callback may be waiting for it. A mirror that is not registered is left alone.
  *
- * From inside a callback of the same address space it cannot wait for itself. Then the mirror is switched off at once
- * (no further callback begins), hmm_last_errno() says -EDEADLK, and the structure must stay until a second call, from
- * outside, finished the work. The same holds for -EBUSY, when a callback did not return in time.
+ * From inside a callback of the same address space it cannot wait for itself. Then the mirror is
+ * switched off at once (no further callback begins), hmm_last_errno() says -EDEADLK, and the
+ * structure must stay until a second call, from outside, finished the work. The same holds for
+ * -EBUSY, when a callback did not return in time.
  *
  * @param mirror  The mirror.
  *
- * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EDEADLK inside a callback; -EBUSY a callback did not return.
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EDEADLK inside a callback; -EBUSY a
+ * callback did not return.
  *
  * Context: any thread; blocks while callbacks run.
  * Source: hmm.txt section 4; promise 42; the kernel's hmm_mirror_unregister().
@@ -1031,26 +1106,33 @@ void hmm_mirror_unregister(struct hmm_mirror *mirror);
 /**
  * Looks at the CPU page table of a range, without faulting anything in, and begins to track it.
  *
- * Entries describe what is present: flags and pfn where a page is (HMM_PFN_VALID), HMM_PFN_EMPTY where none is,
- * HMM_PFN_DEVICE_UNADDRESSABLE with the pfn of a device page, HMM_PFN_ERROR where memory is poisoned. The CPU page table
- * is not changed.
+ * Entries describe what is present: flags and pfn where a page is (HMM_PFN_VALID), HMM_PFN_EMPTY
+ * where none is, HMM_PFN_DEVICE_UNADDRESSABLE with the pfn of a device page, HMM_PFN_ERROR where
+ * memory is poisoned. The CPU page table is not changed.
  *
- * On success the range is active: any change of the CPU page table inside it is noticed until hmm_vma_range_done(),
- * which must be called once. After an error the range is not active, and hmm_vma_range_done() must not be called.
- * The driver reads pfns under its update lock, where it must not fault: pin them (hmm_pin_range) unless they are on
- * memory that nobody migrates.
+ * On success the range is active: any change of the CPU page table inside it is noticed until
+ * hmm_vma_range_done(), which must be called once. After an error the range is not active, and
+ * hmm_vma_range_done() must not be called. The driver reads pfns under its update lock, where it
+ * must not fault: pin them (hmm_pin_range) unless they are on memory that nobody migrates.
  *
- * @param vma    The mapping that holds all of the range; so the address space is locked by the caller.
+ * @param vma    The mapping that holds all of the range; so the address space is locked by the
+ *               caller.
  * @param range  Memory for the range; its contents before the call do not matter.
  * @param start  First address, page aligned.
  * @param end    First address behind the range, page aligned.
  * @param pfns   One entry for each page.
- * @return 0, whatever the entries say; -EINVAL a pointer is NULL or misaligned, vma is no live handle, the bounds are not
- * page aligned, empty, reversed or outside the vma, no mirror is registered, or the mapping is of a kind that is never
- * mirrored (then all entries are HMM_PFN_SPECIAL); -EPERM the mapping is not readable; -EFAULT it is gone; -EBUSY it
- * changed all the time; -ENOMEM; -ENODEV closed.
+ * @return 0, whatever the entries say, or:
+ *  - -EINVAL: a pointer is NULL or misaligned, vma is no live handle, the bounds are not page
+ *    aligned, empty, reversed or outside the vma, no mirror is registered, or the mapping is of a
+ *    kind that is never mirrored (then all entries are HMM_PFN_SPECIAL);
+ *  - -EPERM: the mapping is not readable;
+ *  - -EFAULT: it is gone;
+ *  - -EBUSY: it changed all the time;
+ *  - -ENOMEM: no memory for the entries, or more than 4096 ranges are active;
+ *  - -ENODEV: closed.
  *
- * Context: a thread that holds the lock of the address space; not inside sync_cpu_device_pagetables; may block.
+ * Context: a thread that holds the lock of the address space; not inside
+ * sync_cpu_device_pagetables; may block.
  * Source: hmm.txt section 4; promises 26, 31 to 38; kernels v4.14 to v4.16.
  */
 int hmm_vma_get_pfns(struct vm_area_struct *vma,
@@ -1062,27 +1144,31 @@ int hmm_vma_get_pfns(struct vm_area_struct *vma,
 /**
  * Like hmm_vma_get_pfns(), but faults in what is missing first, as if the CPU had touched it.
  *
- * Missing pages are filled with zeros, read from their file, swapped in. With write, read-only pages of writable
- * mappings become writable (copy-on-write is broken). Pages on a device are reported as they are, not brought home:
- * look at HMM_PFN_DEVICE_UNADDRESSABLE.
+ * Missing pages are filled with zeros, read from their file, swapped in. With write, read-only
+ * pages of writable mappings become writable (copy-on-write is broken). Pages on a device are
+ * reported as they are, not brought home: look at HMM_PFN_DEVICE_UNADDRESSABLE.
  *
- * The library never has to drop the lock to wait for a fault. Only when a range keeps changing for longer than a second
- * does it give up; then block decides: if true, the result is -EBUSY and the lock is still held; if false, the lock is
- * released (if the caller holds it once and for reading) and the result is -EAGAIN: the driver takes the lock, finds
- * the vma, and starts over.
+ * The library never has to drop the lock to wait for a fault. Only when a range keeps changing for
+ * longer than a second does it give up; then block decides: if true, the result is -EBUSY and the
+ * lock is still held; if false, the lock is released (if the caller holds it once and for reading)
+ * and the result is -EAGAIN: the driver takes the lock, finds the vma, and starts over.
  *
- * @param vma    The mapping that holds all of the range; so the address space is locked by the caller.
+ * @param vma    The mapping that holds all of the range; so the address space is locked by the
+ *               caller.
  * @param range  Memory for the range; its contents before the call do not matter.
  * @param start  First address, page aligned.
  * @param end    First address behind the range, page aligned.
  * @param pfns   One entry for each page.
  * @param write  Pages are wanted writable.
  * @param block  What -EBUSY means, see above.
- * @return 0; look at each entry, as not every page can be made valid. Errors as hmm_vma_get_pfns(), and: -EFAULT a fault
- * failed (the entries from there on are zero or HMM_PFN_ERROR); -EPERM write, and the mapping is not writable; -EAGAIN the
- * lock was released.
+ * @return 0 (look at each entry: not every page can be made valid), or one of hmm_vma_get_pfns()'s
+ * errors, or:
+ *  - -EFAULT: a fault failed (the entries from there on are zero or HMM_PFN_ERROR);
+ *  - -EPERM: write, and the mapping is not writable;
+ *  - -EAGAIN: the lock was released.
  *
- * Context: a thread that holds the lock of the address space; not inside a callback; may block; may call fault.
+ * Context: a thread that holds the lock of the address space; not inside a callback; may block;
+ * may call fault.
  * Source: hmm.txt section 4; promises 27 to 31, 34 to 38, 44 to 46; kernels v4.14 to v4.16.
  */
 int hmm_vma_fault(struct vm_area_struct *vma,
@@ -1096,29 +1182,32 @@ int hmm_vma_fault(struct vm_area_struct *vma,
 /**
  * Ends the tracking of a range and tells whether what was found is still true.
  *
- * Called once after each success of hmm_vma_get_pfns() or hmm_vma_fault(), under the driver's update lock, the one that
- * sync_cpu_device_pagetables takes. Then either the change already came (the result is false), or its callback waits
- * for the lock and removes afterwards what the driver writes now.
+ * Called once after each success of hmm_vma_get_pfns() or hmm_vma_fault(), under the driver's
+ * update lock, the one that sync_cpu_device_pagetables takes. Then either the change already came
+ * (the result is false), or its callback waits for the lock and removes afterwards what the driver
+ * writes now.
  *
- * When the result is false, the entries of what changed are zero. A driver may start over, or use the entries that
- * are left.
+ * When the result is false, the entries of what changed are zero. A driver may start over, or use
+ * the entries that are left.
  *
- * @param vma    Not looked at: the range knows its address space. (It may be stale by now, so it may be NULL.)
+ * @param vma    Not looked at: the range knows its address space. (It may be stale by now, so it
+ *               may be NULL.)
  * @param range  The range.
- * @return True when nothing in the range was invalidated since the look began. False when something was; also when the
- * range is not active (nothing is changed then, and hmm_last_errno() is -EINVAL).
+ * @return True when nothing in the range was invalidated since the look began. False when
+ * something was; also when the range is not active (nothing is changed then, and hmm_last_errno()
+ * is -EINVAL).
  *
  * Context: any thread, with the driver's update lock; does not block.
  * Source: hmm.txt section 4; promises 36 to 40; kernels v4.14 to v4.16.
  */
-bool hmm_vma_range_done(struct vm_area_struct *vma,
-                        struct hmm_range *range);
+bool hmm_vma_range_done(struct vm_area_struct *vma, struct hmm_range *range);
 
 /**
  * hmm_vma_get_pfns() in the form of kernel v4.17; see HMM_API_4_17.
  *
  * @param range  All arguments.
- * @return As hmm_vma_get_pfns(); -EINVAL also when flags or values is NULL or pfn_shift is above 12.
+ * @return As hmm_vma_get_pfns(), or:
+ *  - -EINVAL: also when flags or values is NULL or pfn_shift is above 12.
  *
  * Context: as hmm_vma_get_pfns().
  * Source: hmm_vma_get_pfns() of kernel v4.17; promises 26, 30 to 38.
@@ -1128,18 +1217,19 @@ int hmm_vma_get_pfns_4_17(struct hmm_range_4_17 *range);
 /**
  * hmm_vma_fault() in the form of kernel v4.17; see HMM_API_4_17.
  *
- * Each entry says before the call what is wanted: the driver's bit for VALID, to have the page present; with WRITE,
- * writable; with DEVICE_PRIVATE, brought home if it is on a device. An entry without VALID is only looked at.
+ * Each entry says before the call what is wanted: the driver's bit for VALID, to have the page
+ * present; with WRITE, writable; with DEVICE_PRIVATE, brought home if it is on a device. An entry
+ * without VALID is only looked at.
  *
  * @param range  All arguments.
  * @param block  As for hmm_vma_fault().
- * @return As hmm_vma_fault(); -EINVAL also when flags or values is NULL or pfn_shift is above 12.
+ * @return As hmm_vma_fault(), or:
+ *  - -EINVAL: also when flags or values is NULL or pfn_shift is above 12.
  *
  * Context: as hmm_vma_fault().
  * Source: hmm_vma_fault() of kernel v4.17; promises 27 to 31, 34 to 38, 44 to 46.
  */
-int hmm_vma_fault_4_17(struct hmm_range_4_17 *range,
-                       bool block);
+int hmm_vma_fault_4_17(struct hmm_range_4_17 *range, bool block);
 
 /**
  * hmm_vma_range_done() in the form of kernel v4.17; see HMM_API_4_17.
@@ -1152,19 +1242,20 @@ int hmm_vma_fault_4_17(struct hmm_range_4_17 *range,
  */
 bool hmm_vma_range_done_4_17(struct hmm_range_4_17 *range);
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Device memory (hmm.txt, section 5)
  *
- * Memory that only the device can reach, with one page descriptor for each of its pages. A page of it that holds data of the
- * process looks to the CPU like a page that was swapped out. Every such page is charged and counted as the page that it
- * replaced.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * Memory that only the device can reach, with one page descriptor for each of its pages. A page
+ * of it that holds data of the process looks to the CPU like a page that was swapped out. Every
+ * such page is charged and counted as the page that it replaced.
+ * ------------------------------------------------------------------------------------------ */
 
 /**
  * Makes a device for drivers that have none of their own; a convenience, needed by nothing else.
  *
  * @param drvdata  The driver's pointer, kept in device.driver_data.
- * @return The device, to be given back with hmm_device_put(). On failure ERR_PTR(-EBUSY): all 256 numbers are taken.
+ * @return The device, to be given back with hmm_device_put(). On failure ERR_PTR(-EBUSY): all 256
+ * numbers are taken.
  *
  * Context: any thread; does not block for long.
  * Source: hmm_device_new() of kernels v4.14 to v5.2.
@@ -1176,7 +1267,8 @@ struct hmm_device *hmm_device_new(void *drvdata);
  *
  * @param hmm_device  What hmm_device_new() returned.
  *
- * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a live device (nothing is changed).
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a live device (nothing is
+ * changed).
  *
  * Context: any thread; does not block for long.
  * Source: hmm_device_put() of kernels v4.14 to v5.2.
@@ -1186,15 +1278,17 @@ void hmm_device_put(struct hmm_device *hmm_device);
 /**
  * Registers device memory and makes a descriptor for each of its pages.
  *
- * The library never sees the memory itself: nothing of it is mapped, and a driver that hands out page n of pfn_first +
- * n decides what that means on its device. All pages are free at first and the driver's to hand out, as destinations of
- * migrate_vma(); the library has no allocator for them.
+ * The library never sees the memory itself: nothing of it is mapped, and a driver that hands out
+ * page n of pfn_first + n decides what that means on its device. All pages are free at first and
+ * the driver's to hand out, as destinations of migrate_vma(); the library has no allocator for
+ * them.
  *
  * @param ops     The driver's callbacks; copied.
  * @param device  The device, kept for the driver in devmem->device; may be NULL.
  * @param size    Bytes, rounded up to whole pages; at most 256 GiB.
- * @return The device memory. On failure ERR_PTR(): -EINVAL ops or a callback is NULL, ops is misaligned, size is 0 or too
- * large; -ENOMEM no descriptors, or 64 devices exist already.
+ * @return The device memory. On failure ERR_PTR():
+ *  - -EINVAL: ops or a callback is NULL, ops is misaligned, size is 0 or too large;
+ *  - -ENOMEM: no descriptors, or 64 devices exist already.
  *
  * Context: any thread; may block.
  * Source: hmm.txt section 5; promise 47.
@@ -1209,7 +1303,9 @@ struct hmm_devmem *hmm_devmem_add(const struct hmm_devmem_ops *ops,
  * @param ops     The driver's callbacks.
  * @param device  The device; may be NULL.
  * @param res     Where the memory is.
- * @return Always ERR_PTR(): -EINVAL ops, a callback or res is NULL, or ops is misaligned; else -EOPNOTSUPP.
+ * @return Always ERR_PTR():
+ *  - -EINVAL: ops, a callback or res is NULL, or ops is misaligned;
+ *  - -EOPNOTSUPP: the arguments are good.
  *
  * Context: any thread; does not block.
  * Source: hmm_devmem_add_resource() of kernels v4.14 to v5.2.
@@ -1219,15 +1315,17 @@ struct hmm_devmem *hmm_devmem_add_resource(const struct hmm_devmem_ops *ops,
                                            struct resource *res);
 
 /**
- * Removes device memory: brings its pages home through fault, waits until every page is free, and forgets it.
+ * Removes device memory: brings its pages home through fault, waits until every page is free, and
+ * forgets it.
  *
- * If that takes longer than the library waits (about 10 seconds), or a page cannot come home, the device memory stays
- * as it is: hmm_last_errno() says why, and the call can be made again. The driver's update lock must not be held.
+ * If that takes longer than the library waits (about 10 seconds), or a page cannot come home, the
+ * device memory stays as it is: hmm_last_errno() says why, and the call can be made again. The
+ * driver's update lock must not be held.
  *
  * @param devmem  What hmm_devmem_add() returned; NULL does nothing.
  *
- * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not live device memory (nothing is changed); -EBUSY;
- * -EIO; -EDEADLK called from inside a callback.
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not live device memory (nothing
+ * is changed); -EBUSY; -EIO; -EDEADLK called from inside a callback.
  *
  * Context: any thread, but not inside a callback; may block; calls fault and free.
  * Source: hmm.txt section 5; promises 54, 81.
@@ -1251,7 +1349,8 @@ long hmm_devmem_in_use(const struct hmm_devmem *devmem);
  * @param page  A page of device memory.
  * @param data  The word.
  *
- * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a page of live device memory.
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a page of live device
+ * memory.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: hmm_devmem_page_set_drvdata() of kernels v4.14 to v5.2; promise 53.
@@ -1269,39 +1368,54 @@ void hmm_devmem_page_set_drvdata(struct page *page, unsigned long data);
  */
 unsigned long hmm_devmem_page_get_drvdata(const struct page *page);
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Migration to and from device memory (hmm.txt, section 6)
  *
- * Never all or nothing: each page moves, or stays as it was. Private anonymous memory (malloc, numpy arrays, stacks of other
- * threads) can move to a device; everything else can be mirrored where it is.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * Never all or nothing: each page moves, or stays as it was. Private anonymous memory (malloc,
+ * numpy arrays, stacks of other threads) can move to a device; everything else can be mirrored
+ * where it is.
+ * ------------------------------------------------------------------------------------------ */
 
 /**
- * Moves the pages of a range to where the driver's callbacks decide: to device memory, back, or from device to device.
+ * Moves the pages of a range to where the driver's callbacks decide: to device memory, back, or
+ * from device to device.
  *
- * The range is invalidated in all mirrors, the driver's own included; then pages that can be had are taken from the
- * CPU, and alloc_and_copy chooses and fills their destinations. Pages that cannot be taken (pinned, shared, file-backed,
- * in use by another migration) are left out and stay as they are; so do pages for which the driver stores no
- * destination. Then the new places become visible, and finalize_and_map is told which pages moved. CPU accesses to pages
- * under migration sleep until it is over.
+ * The range is invalidated in all mirrors, the driver's own included; then pages that can be had
+ * are taken from the CPU, and alloc_and_copy chooses and fills their destinations. Pages that
+ * cannot be taken (pinned, shared, file-backed, in use by another migration) are left out and stay
+ * as they are; so do pages for which the driver stores no destination. Then the new places become
+ * visible, and finalize_and_map is told which pages moved. CPU accesses to pages under migration
+ * sleep until it is over.
  *
- * Afterwards src and dst of the whole range hold the final entries. They must not overlap. Destination pages of device
- * memory that were not used in the end are given back through free.
+ * With the vma that a fault callback received, only pages on devices are collected: what is home
+ * stays there. The same holds for every migration while the address space is being closed.
+ *
+ * Afterwards src and dst of the whole range hold the final entries. They must not overlap.
+ * Destination pages of device memory that were not used in the end are given back through free.
  *
  * @param ops           The driver's callbacks; copied.
- * @param vma           The mapping that holds all of the range; the address space is locked, or it is a callback's vma.
+ * @param vma           The mapping that holds all of the range; the address space is locked, or it
+ *                      is a callback's vma.
  * @param mentries      Entries of src and of dst; at least one for each page.
  * @param start         First address; rounded down to its page.
  * @param end           First address behind the range; rounded down to its page.
  * @param src           One entry for each page, filled in: what is there now.
  * @param dst           One entry for each page, cleared before alloc_and_copy: where it goes.
  * @param private_data  For the callbacks.
- * @return 0, also when nothing moved; -EINVAL ops, a callback, src or dst is NULL or misaligned, vma is no live handle,
- * start >= end, the range leaves the vma, mentries is too small, or the mapping is of a kind that never migrates (driver
- * memory, hugetlbfs); -EBUSY too many migrations for 10 seconds; -ENOMEM; -EFAULT the mapping is gone; -EDEADLK inside a
- * callback that must not migrate; -ENODEV closed. On errors src and dst are not written.
+ * @return 0, also when nothing moved, or:
+ *  - -EINVAL: ops, a callback, src or dst is NULL or misaligned, vma is no live handle, start >=
+ *    end, the range leaves the vma, mentries is too small, or the mapping is of a kind that never
+ *    migrates (driver memory, hugetlbfs);
+ *  - -EBUSY: too many migrations for 10 seconds;
+ *  - -ENOMEM;
+ *  - -EFAULT: the mapping is gone;
+ *  - -EDEADLK: inside a callback that must not migrate;
+ *  - -ENODEV: closed.
  *
- * Context: a thread that holds the lock of the address space (either way), or a fault callback; may block.
+ * On errors src and dst are not written.
+ *
+ * Context: a thread that holds the lock of the address space (either way), or a fault callback;
+ * may block.
  * Source: hmm.txt section 6; promises 57 to 74. Without mentries: HMM_API_4_17.
  */
 int migrate_vma(const struct migrate_vma_ops *ops,
@@ -1337,52 +1451,59 @@ int migrate_vma_4_17(const struct migrate_vma_ops *ops,
                      void *private_data);
 
 /**
- * Gets a page of system memory for a page that comes home, locked and writable at hmm_page_to_virt().
+ * Gets a page of system memory for a page that comes home, locked and writable at
+ * hmm_page_to_virt().
  *
- * Each page that comes home has its system page reserved before alloc_and_copy is called, so this cannot run out of
- * memory half-way.
+ * Each page that comes home has its system page reserved before alloc_and_copy is called, so this
+ * cannot run out of memory half-way.
  *
  * @param vma   The vma that alloc_and_copy received.
- * @param addr  The address whose page it will be: one of the batch, with MIGRATE_PFN_DEVICE in its src.
- * @return The page, to be stored in dst as migrate_pfn(page_to_pfn(page)) | MIGRATE_PFN_LOCKED; a page that is not stored
- * goes back by itself. NULL with hmm_last_errno() -EINVAL: not inside alloc_and_copy, not on its thread, no live vma, or
- * not the address of a page that this batch brings home.
+ * @param addr  The address whose page it will be: one of the batch, with MIGRATE_PFN_DEVICE in its
+ *              src.
+ * @return The page, to be stored in dst as migrate_pfn(page_to_pfn(page)) | MIGRATE_PFN_LOCKED; a
+ * page that is not stored goes back by itself. NULL with hmm_last_errno() -EINVAL: not inside
+ * alloc_and_copy, not on its thread, no live vma, or not the address of a page that this batch
+ * brings home.
  *
  * Context: inside alloc_and_copy, on the thread that it was called on; does not block for long.
  * Source: hmm_vma_alloc_locked_page() of kernels v4.14 to v5.2.
  */
-struct page *hmm_vma_alloc_locked_page(struct vm_area_struct *vma,
-                                       unsigned long addr);
+struct page *hmm_vma_alloc_locked_page(struct vm_area_struct *vma, unsigned long addr);
 
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * The soft device
  *
- * A software accelerator with memory, a page table and threads of its own: to try the library without hardware, and to test
- * against. Its kernels take the process's own pointers, wherever the pages are.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * A software accelerator with memory, a page table and threads of its own: to try the library
+ * without hardware, and to test against. Its kernels take the process's own pointers, wherever
+ * the pages are.
+ * ------------------------------------------------------------------------------------------ */
 /**
  * Makes a soft device on an address space.
  *
- * It has memory that the CPU is never given an address of, a page table that is filled by device faults and kept in step
- * by a mirror, a copy engine, and threads that run kernels on the process's own pointers.
+ * It has memory that the CPU is never given an address of, a page table that is filled by device
+ * faults and kept in step by a mirror, a copy engine, and threads that run kernels on the
+ * process's own pointers.
  *
  * @param mm      The address space.
  * @param config  What it shall be like; NULL for all defaults.
- * @return The device, to be given to hmm_soft_destroy(). On failure ERR_PTR(): -EINVAL mm is no live handle, or a member of
- * config is out of its bounds; -ENOMEM; -ENODEV closed.
+ * @return The device, to be given to hmm_soft_destroy(). On failure ERR_PTR():
+ *  - -EINVAL: mm is no live handle, or a member of config is out of its bounds;
+ *  - -ENOMEM;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours.
  */
-struct hmm_soft_device *hmm_soft_create(struct mm_struct *mm,
-                                        const struct hmm_soft_config *config);
+struct hmm_soft_device *hmm_soft_create(struct mm_struct *mm, const struct hmm_soft_config *config);
 
 /**
  * Takes a soft device down: lets its kernels end, brings all its pages home, frees it.
  *
  * @param device  The device.
- * @return 0; -EINVAL not a live device; -EBUSY a kernel or a page did not let go in time: the device stays, nothing is
- * lost, try again.
+ * @return 0, or:
+ *  - -EINVAL: not a live device;
+ *  - -EBUSY: a kernel or a page did not let go in time: the device stays, nothing is lost, try
+ *    again.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours.
@@ -1390,21 +1511,24 @@ struct hmm_soft_device *hmm_soft_create(struct mm_struct *mm,
 int hmm_soft_destroy(struct hmm_soft_device *device);
 
 /**
- * Moves the pages of a range to the device. May span mappings; pages that cannot migrate stay; a full device takes what
- * fits.
+ * Moves the pages of a range to the device. May span mappings; pages that cannot migrate stay; a
+ * full device takes what fits.
  *
  * @param device  The device.
  * @param addr    Anywhere in the first page.
  * @param length  Bytes; every page that they touch is meant.
- * @return Pages that moved; -EINVAL not a live device, or a bad range; -EOPNOTSUPP its policy is HMM_SOFT_NEVER; -EFAULT
- * nothing is mapped there; -EBUSY; -ENOMEM; -ENODEV closed.
+ * @return Pages that moved, or:
+ *  - -EINVAL: not a live device, or a bad range;
+ *  - -EOPNOTSUPP: its policy is HMM_SOFT_NEVER;
+ *  - -EFAULT: nothing is mapped there;
+ *  - -EBUSY;
+ *  - -ENOMEM;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; policy is the driver's (promise 16).
  */
-long hmm_soft_migrate(struct hmm_soft_device *device,
-                      const void *addr,
-                      size_t length);
+long hmm_soft_migrate(struct hmm_soft_device *device, const void *addr, size_t length);
 
 /**
  * Moves this device's pages of a range back to system memory.
@@ -1412,22 +1536,24 @@ long hmm_soft_migrate(struct hmm_soft_device *device,
  * @param device  The device.
  * @param addr    Anywhere in the first page.
  * @param length  Bytes; every page that they touch is meant.
- * @return Pages that moved; -EINVAL not a live device, or a bad range; -EFAULT nothing is mapped there; -EBUSY; -ENODEV
- * closed.
+ * @return Pages that moved, or:
+ *  - -EINVAL: not a live device, or a bad range;
+ *  - -EFAULT: nothing is mapped there;
+ *  - -EBUSY;
+ *  - -ENODEV: closed.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; promise 74.
  */
-long hmm_soft_bring_home(struct hmm_soft_device *device,
-                         const void *addr,
-                         size_t length);
+long hmm_soft_bring_home(struct hmm_soft_device *device, const void *addr, size_t length);
 
 /**
  * Reads the counters of a soft device.
  *
  * @param device    The device.
  * @param counters  Its size member says how much the caller knows; the rest is filled in.
- * @return 0; -EINVAL not a live device, counters is NULL or misaligned, or its size is below 4.
+ * @return 0, or:
+ *  - -EINVAL: not a live device, counters is NULL or misaligned, or its size is below 4.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: ours.
@@ -1439,7 +1565,8 @@ int hmm_soft_counters(const struct hmm_soft_device *device, struct hmm_soft_coun
  *
  * @param device  The device.
  * @param policy  HMM_SOFT_ON_REQUEST, HMM_SOFT_ON_TOUCH or HMM_SOFT_NEVER.
- * @return 0; -EINVAL not a live device, or an unknown policy.
+ * @return 0, or:
+ *  - -EINVAL: not a live device, or an unknown policy.
  *
  * Context: any thread; does not block.
  * Source: ours.
@@ -1452,7 +1579,8 @@ int hmm_soft_set_policy(struct hmm_soft_device *device, uint32_t policy);
  * @param device      The device.
  * @param latency_ns  Added for each batch copied and each device fault, in nanoseconds.
  * @param bandwidth   Bytes per second of the copy engine; 0 means as fast as memory is.
- * @return 0; -EINVAL not a live device.
+ * @return 0, or:
+ *  - -EINVAL: not a live device.
  *
  * Context: any thread; does not block.
  * Source: ours.
@@ -1466,17 +1594,19 @@ int hmm_soft_set_speed(struct hmm_soft_device *device, uint64_t latency_ns, uint
  * @param dst     First byte; any address of the process.
  * @param length  Bytes.
  * @param byte    The value.
- * @return 0; -EINVAL not a live device, NULL, zero length or overflow (nothing was written); -EFAULT something is not
- * mapped; -EPERM not writable; -EBUSY the device is stuck or its queue full; -ENODEV closed. After -EFAULT and -EPERM a
- * part may be written.
+ * @return 0, or:
+ *  - -EINVAL: not a live device, NULL, zero length or overflow (nothing was written);
+ *  - -EFAULT: something is not mapped;
+ *  - -EPERM: not writable;
+ *  - -EBUSY: the device is stuck or its queue full;
+ *  - -ENODEV: closed.
+ *
+ * After -EFAULT and -EPERM a part may be written.
  *
  * Context: any thread, but not inside a callback; blocks until the kernel is done.
  * Source: ours.
  */
-int hmm_soft_fill(struct hmm_soft_device *device,
-                  void *dst,
-                  size_t length,
-                  uint8_t byte);
+int hmm_soft_fill(struct hmm_soft_device *device, void *dst, size_t length, uint8_t byte);
 
 /**
  * The device copies bytes: `memcpy(dst, src, length)`.
@@ -1485,7 +1615,8 @@ int hmm_soft_fill(struct hmm_soft_device *device,
  * @param dst     First byte to write.
  * @param src     First byte to read.
  * @param length  Bytes; the two ranges must not overlap.
- * @return As hmm_soft_fill(); -EINVAL also when the ranges overlap.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when the ranges overlap.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1500,7 +1631,8 @@ int hmm_soft_copy(struct hmm_soft_device *device, void *dst, const void *src, si
  * @param x       Elements to read.
  * @param y       Elements to change; the same as x, or apart from it.
  * @param count   Elements.
- * @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or the ranges overlap in part.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when a pointer is misaligned or the ranges overlap in part.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1518,7 +1650,8 @@ int hmm_soft_axpy_f64(struct hmm_soft_device *device,
  * @param src     Elements.
  * @param count   How many.
  * @param result  Where the sum goes; written on success only.
- * @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or result is NULL.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when a pointer is misaligned or result is NULL.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1535,7 +1668,8 @@ int hmm_soft_sum_f64(struct hmm_soft_device *device,
  * @param src     Elements.
  * @param count   How many.
  * @param result  Where the sum goes; written on success only.
- * @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or result is NULL.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when a pointer is misaligned or result is NULL.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1553,7 +1687,8 @@ int hmm_soft_sum_u64(struct hmm_soft_device *device,
  * @param src     Elements to choose from; the indices say how far it reaches.
  * @param index   Indices into src.
  * @param count   Elements of dst and index.
- * @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or dst overlaps index.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when a pointer is misaligned or dst overlaps index.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1572,7 +1707,8 @@ int hmm_soft_gather_u64(struct hmm_soft_device *device,
  * @param next_offset  offsetof the pointer to the next node; NULL ends the list.
  * @param max_steps    Most nodes to visit.
  * @param visited      Where the number of nodes visited goes; written on success only.
- * @return As hmm_soft_fill(); -EINVAL also when the link or visited is misaligned, or visited is NULL.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when the link or visited is misaligned, or visited is NULL.
  *
  * Context: as hmm_soft_fill().
  * Source: ours; promise 2.
@@ -1592,7 +1728,8 @@ int hmm_soft_chase(struct hmm_soft_device *device,
  * @param value_offset  offsetof the word.
  * @param max_steps     Most nodes to visit.
  * @param result        Where the sum goes; written on success only.
- * @return As hmm_soft_fill(); -EINVAL also when the link, the word or result is misaligned, or result is NULL.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when the link, the word or result is misaligned, or result is NULL.
  *
  * Context: as hmm_soft_fill().
  * Source: ours; promise 2.
@@ -1605,13 +1742,16 @@ int hmm_soft_chase_sum_u64(struct hmm_soft_device *device,
                            uint64_t *result);
 
 /**
- * The device adds to a 64-bit word, atomically towards all its kernels; the word's page migrates first.
+ * The device adds to a 64-bit word, atomically towards all its kernels; the word's page migrates
+ * first.
  *
  * @param device  The device.
  * @param addr    The word.
  * @param value   What to add, modulo 2^64.
  * @param old     Where the value before goes; NULL if it is not wanted. Written on success only.
- * @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned; -EOPNOTSUPP the policy is HMM_SOFT_NEVER.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when a pointer is misaligned;
+ *  - -EOPNOTSUPP: the policy is HMM_SOFT_NEVER.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1629,7 +1769,8 @@ int hmm_soft_atomic_add_u64(struct hmm_soft_device *device,
  * @param count   Words.
  * @param stride  Bytes from one word to the next: a multiple of 8, at least 8.
  * @param value   What to add to each, modulo 2^64.
- * @return As hmm_soft_fill(); -EINVAL also when addr is misaligned or stride is bad.
+ * @return As hmm_soft_fill(), or:
+ *  - -EINVAL: also when addr is misaligned or stride is bad.
  *
  * Context: as hmm_soft_fill().
  * Source: ours.
@@ -1647,8 +1788,9 @@ int hmm_soft_add_u64(struct hmm_soft_device *device,
 /*
  * Pages
  *
- * A struct page is a pfn in a pointer's clothes: nothing is behind it, and any access through it is a fault. Only the
- * conversions below look inside. None of them blocks, and all may be called from callbacks.
+ * A struct page is a pfn in a pointer's clothes: nothing is behind it, and any access through
+ * it is a fault. Only the conversions below look inside. None of them blocks, and all may be
+ * called from callbacks.
  */
 
 /* Bits 48 to 63 of a page pointer, which make it an address that no memory can have. */
@@ -1772,9 +1914,10 @@ static inline hmm_pfn_t hmm_pfn_t_from_page(const struct page *page)
 #else
 
 /*
- * The forms of kernel v4.17. Ranges carry their arguments, the driver chooses how entries are encoded, migrate_vma() has no
- * mentries, and hmm_mirror_register() wants the lock of the address space held for writing. Programs with and without
- * HMM_API_4_17 can be linked together: the names stand for different symbols.
+ * The forms of kernel v4.17. Ranges carry their arguments, the driver chooses how entries are
+ * encoded, migrate_vma() has no mentries, and hmm_mirror_register() wants the lock of the
+ * address space held for writing. Programs with and without HMM_API_4_17 can be linked
+ * together: the names stand for different symbols.
  */
 #define hmm_range hmm_range_4_17
 #define hmm_vma_get_pfns hmm_vma_get_pfns_4_17

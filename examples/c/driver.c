@@ -1,8 +1,8 @@
 /*
  * driver.c - a complete driver for a small device, in the shape that Documentation/vm/hmm.txt sketches.
  *
- * The device is made of software, but to the library it is a device: it has memory that the CPU never touches, a page table
- * of its own, and it works on the addresses of the process. What happens here:
+ * The device is made of software, but to the library it is a device: it has memory that the CPU never touches, a
+ * page table of its own, and it works on the addresses of the process. What happens here:
  *
  *   1. the driver mirrors the address space and adds device memory to it;
  *   2. the device adds one to every word of a malloc'ed buffer where it lies, in system memory;
@@ -11,14 +11,14 @@
  *   5. the device adds one again, to a buffer that is now half here and half there;
  *   6. the CPU checks every word, and everything is taken down.
  *
- * To make a driver of your own, keep the structure and replace the device: device_add_one() becomes your hardware, and the
- * two memcpy() become its DMA.
+ * To make a driver of your own, keep the structure and replace the device: device_add_one() becomes your hardware,
+ * and the two memcpy() become its DMA.
  *
  * Callbacks run on threads that answer page faults. So three rules:
  *
  *   - they touch only memory that cannot migrate: here all of it is in struct driver, which is pinned;
  *   - they do not call malloc(), printf() or anything else that might touch other memory;
- *   - the update lock is never held over something that can wait for a page (hmm_vma_fault, migrate_vma, a plain touch).
+ *   - the update lock is never held over what can wait for a page (hmm_vma_fault, migrate_vma, a plain touch).
  */
 #include <hmm.h>
 
@@ -37,8 +37,8 @@
 #define MANY_ROUNDS 1000	/* a range that changes so often is not ours to have */
 
 /*
- * One entry of the device's page table. The table is direct mapped: an address has one place, and a newer entry replaces an
- * older one. What it forgets a device fault finds again, so it may forget; but it must never be wrong.
+ * One entry of the device's page table. The table is direct mapped: an address has one place, and a newer entry
+ * replaces an older one. What it forgets a device fault finds again: it may forget, but it must never be wrong.
  */
 struct device_pte {
 	unsigned long vpn;	/* virtual page number; 0: empty */
@@ -73,7 +73,7 @@ struct driver {
 	unsigned char memory[DEVICE_PAGES][PAGE_SIZE];
 };
 
-/* ---- The device: its memory, its page table, its one skill ------------------------------------------------------------ */
+/* ---- The device: its memory, its page table, its one skill --------------------------------------------------- */
 
 static void *device_bytes(struct driver *driver, unsigned long pfn)
 {
@@ -89,11 +89,11 @@ static void device_map(struct driver *driver, unsigned long addr, unsigned long 
 }
 
 /*
- * The device adds one to some words of one page, through its own page table. False is a device page fault: there is no entry,
- * or the page went away from under it.
+ * The device adds one to some words of one page, through its own page table. False is a device page fault: there is
+ * no entry, or the page went away from under it.
  *
- * The device reads and writes its own memory as it likes. Pages of system memory it reaches as a real device does, without
- * the CPU's page table: hmm_mm_peek() and hmm_mm_poke() never fault.
+ * The device reads and writes its own memory as it likes. Pages of system memory it reaches as a real device does,
+ * without the CPU's page table: hmm_mm_peek() and hmm_mm_poke() never fault.
  */
 static bool device_add_one(struct driver *driver, unsigned long addr, size_t words)
 {
@@ -118,11 +118,11 @@ static bool device_add_one(struct driver *driver, unsigned long addr, size_t wor
 	return word;
 }
 
-/* ---- Mirroring: the device's page table follows the CPU's ------------------------------------------------------------- */
+/* ---- Mirroring: the device's page table follows the CPU's ---------------------------------------------------- */
 
 /*
- * The CPU page table changes: forget what the device knows of the range. Once the lock is ours, the device uses none of its
- * translations; when we return, it has none of this range any more. A real driver also flushes the device's TLB.
+ * The CPU page table changes: forget what the device knows of the range. Once the lock is ours, the device uses none
+ * of its translations; when we return, it has none of this range any more. A real driver also flushes a TLB here.
  */
 static void driver_sync_cpu_device_pagetables(struct hmm_mirror *mirror, enum hmm_update action,
 					      unsigned long start, unsigned long end)
@@ -148,17 +148,16 @@ static const struct hmm_mirror_ops driver_mirror_ops = {
 /*
  * Copies what the CPU page table says of a range into the device's: the loop of hmm.txt.
  *
- * hmm_vma_fault() faults in what is missing, and looks. Between its look and our lock anything may happen; under the lock
- * hmm_vma_range_done() knows. If it says true, then a change that comes now waits for our lock in the callback above, and
- * removes afterwards what we write.
+ * hmm_vma_fault() faults in what is missing, and looks. Between its look and our lock anything may happen; under the
+ * lock hmm_vma_range_done() knows. If it says true, then a change that comes now waits for our lock in the callback
+ * above, and removes afterwards what we write.
  */
 static int driver_populate_range(struct driver *driver, struct vm_area_struct *vma, unsigned long start,
 				 unsigned long end)
 {
 	hmm_pfn_t *pfns = driver->pfns;
 	struct hmm_range range;
-	int rounds = 0;
-	int ret;
+	int rounds = 0, ret;
 
 again:
 	if (rounds++ == MANY_ROUNDS)
@@ -210,8 +209,7 @@ static int driver_run(struct driver *driver, uint64_t *array, size_t count)
 	unsigned long last = (end + PAGE_SIZE - 1) & PAGE_MASK;
 
 	for (unsigned long next; addr < end; addr = next) {
-		int rounds = 0;
-		int ret = 0;
+		int rounds = 0, ret = 0;
 
 		next = (addr & PAGE_MASK) + PAGE_SIZE;
 		if (next > end)
@@ -224,7 +222,7 @@ static int driver_run(struct driver *driver, uint64_t *array, size_t count)
 	return 0;
 }
 
-/* ---- Migration to the device ------------------------------------------------------------------------------------------ */
+/* ---- Migration to the device --------------------------------------------------------------------------------- */
 
 /* Takes a free page of device memory; NULL when the device is full. */
 static struct page *driver_alloc_page(struct driver *driver)
@@ -239,8 +237,8 @@ static struct page *driver_alloc_page(struct driver *driver)
 }
 
 /*
- * The pages with MIGRATE are ours to move: no CPU can reach them now. Find each a place on the device, and copy. When the
- * device is full leave dst alone, and the page stays where it is.
+ * The pages with MIGRATE are ours to move: no CPU can reach them now. Find each a place on the device, and copy.
+ * When the device is full leave dst alone, and the page stays where it is.
  */
 static void driver_alloc_and_copy(struct vm_area_struct *vma, const unsigned long *src, unsigned long *dst,
 				  unsigned long start, unsigned long end, void *private)
@@ -267,8 +265,8 @@ static void driver_alloc_and_copy(struct vm_area_struct *vma, const unsigned lon
 }
 
 /*
- * Now it is decided: what still has MIGRATE has moved. The pages are locked, so the device's page table may be written here
- * without the loop above. Device pages of entries that did not move come back by themselves, through driver_free().
+ * Now it is decided: what still has MIGRATE has moved. The pages are locked, so the device's page table may be
+ * written here without the loop above. Device pages of entries that did not move come back through driver_free().
  */
 static void driver_finalize_and_map(struct vm_area_struct *vma, const unsigned long *src,
 				    const unsigned long *dst, unsigned long start, unsigned long end,
@@ -311,7 +309,7 @@ static int driver_migrate(struct driver *driver, unsigned long start, unsigned l
 	return ret;
 }
 
-/* ---- Device memory: CPU faults bring pages home, freed pages come back ------------------------------------------------ */
+/* ---- Device memory: CPU faults bring pages home, freed pages come back --------------------------------------- */
 
 /* The way home: for each of our pages one of system memory, and copy. */
 static void driver_alloc_and_copy_home(struct vm_area_struct *vma, const unsigned long *src, unsigned long *dst,
@@ -383,7 +381,7 @@ static const struct hmm_devmem_ops driver_devmem_ops = {
 	.fault = driver_fault,
 };
 
-/* ---- Opening and closing ---------------------------------------------------------------------------------------------- */
+/* ---- Opening and closing ------------------------------------------------------------------------------------- */
 
 /* Opens a driver in memory that is all zeros. */
 static int driver_open(struct driver *driver)
@@ -436,7 +434,7 @@ static void driver_close(struct driver *driver)
 	hmm_mm_put(driver->mm);
 }
 
-/* ---- A program that uses it ------------------------------------------------------------------------------------------- */
+/* ---- A program that uses it ---------------------------------------------------------------------------------- */
 
 #define WORDS ((size_t)128 * 1024)	/* 1 MiB of numbers: more than the device's memory holds */
 
@@ -451,15 +449,16 @@ static void must(const char *what, long ret)
 /* Says what happened so far, and draws where the buffer's pages are: s in system memory, D on the device. */
 static void report(struct driver *driver, const char *what, const uint64_t *numbers)
 {
-	unsigned char places[WORDS * sizeof(*numbers) / PAGE_SIZE + 2] = { 0 };
-	size_t pages = (((unsigned long)(numbers + WORDS) - 1) >> PAGE_SHIFT) - ((unsigned long)numbers >> PAGE_SHIFT) + 1;
+	unsigned char places[WORDS * sizeof(*numbers) / PAGE_SIZE + 1];
+	size_t bytes = WORDS * sizeof(*numbers);
 
-	printf("%s\n  device faults %lu, CPU faults %lu, invalidations %lu; pages to the device %lu, home %lu, freed %lu",
-	       what, driver->device_faults, driver->cpu_faults, driver->invalidations, driver->to_device,
-	       driver->to_system, driver->freed);
-	must("residency", hmm_residency(driver->mm, numbers, WORDS * sizeof(*numbers), places, sizeof(places)));
-	for (size_t i = 0; i < pages; i++)
-		printf("%s%c", i % 96 ? "" : "\n  ", "-sD>!?"[places[i]]);
+	printf("%s\n  faults: device %lu, CPU %lu; pages: to the device %lu, home %lu, freed %lu; invalidations %lu",
+	       what, driver->device_faults, driver->cpu_faults, driver->to_device, driver->to_system, driver->freed,
+	       driver->invalidations);
+	memset(places, HMM_RESIDENCY_UNMAPPED, sizeof(places));
+	must("residency", hmm_residency(driver->mm, numbers, bytes, places, sizeof(places)));
+	for (size_t i = 0; i < sizeof(places); i++)
+		printf("%s%c", i % 86 ? "" : "\n  ", "-sD>! "[places[i]]);
 	printf("\n");
 }
 
@@ -483,15 +482,13 @@ int main(void)
 	must("migrate", driver_migrate(&driver, start, end));
 	report(&driver, "The buffer migrated, as far as the device had room.", numbers);
 	must("run", driver_run(&driver, numbers, WORDS));
-	report(&driver, "The device worked on it again.", numbers);
 	for (size_t i = 0; i < WORDS / 2; i++)
 		wrong += numbers[i] != i + 2;
-	report(&driver, "The CPU read the first half.", numbers);
+	report(&driver, "The device worked on it, and the CPU read the first half.", numbers);
 	must("run", driver_run(&driver, numbers, WORDS));
-	report(&driver, "The device worked on it once more.", numbers);
 	for (size_t i = 0; i < WORDS; i++)
 		wrong += numbers[i] != i + 3;
-	report(&driver, "The CPU read all of it.", numbers);
+	report(&driver, "The device worked on both parts, and the CPU read all.", numbers);
 
 	driver_close(&driver);
 	printf("%zu words, %zu wrong; %lu device pages were used, %lu were freed\n", WORDS, wrong,

@@ -1,8 +1,9 @@
 /*
  * Pages
  *
- * A struct page is a pfn in a pointer's clothes: nothing is behind it, and any access through it is a fault. Only the
- * conversions below look inside. None of them blocks, and all may be called from callbacks.
+ * A struct page is a pfn in a pointer's clothes: nothing is behind it, and any access through
+ * it is a fault. Only the conversions below look inside. None of them blocks, and all may be
+ * called from callbacks.
  */
 
 /* Bits 48 to 63 of a page pointer, which make it an address that no memory can have. */
@@ -126,9 +127,10 @@ static inline hmm_pfn_t hmm_pfn_t_from_page(const struct page *page)
 #else
 
 /*
- * The forms of kernel v4.17. Ranges carry their arguments, the driver chooses how entries are encoded, migrate_vma() has no
- * mentries, and hmm_mirror_register() wants the lock of the address space held for writing. Programs with and without
- * HMM_API_4_17 can be linked together: the names stand for different symbols.
+ * The forms of kernel v4.17. Ranges carry their arguments, the driver chooses how entries are
+ * encoded, migrate_vma() has no mentries, and hmm_mirror_register() wants the lock of the
+ * address space held for writing. Programs with and without HMM_API_4_17 can be linked
+ * together: the names stand for different symbols.
  */
 #define hmm_range hmm_range_4_17
 #define hmm_vma_get_pfns hmm_vma_get_pfns_4_17

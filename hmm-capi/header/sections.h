@@ -1,28 +1,29 @@
 //@ before hmm_version
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Version and errors
- * --------------------------------------------------------------------------------------------------------------------- */
+ * ------------------------------------------------------------------------------------------ */
 
 //@ before hmm_mm_current
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * The address space
  *
- * One address space is managed: that of the process itself. Everything below needs it, and whoever needs it takes a
- * reference of its own.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * One address space is managed: that of the process itself. Everything below needs it, and
+ * whoever needs it takes a reference of its own.
+ * ------------------------------------------------------------------------------------------ */
 
 //@ before hmm_find_vma
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Mappings, and the lock of the address space
- * --------------------------------------------------------------------------------------------------------------------- */
+ * ------------------------------------------------------------------------------------------ */
 
 //@ before hmm_mirror_register
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Mirroring the address space (hmm.txt, section 4)
  *
- * The device has a page table of its own. A mirror tells the driver what to drop from it; a range call tells it what to put
- * into it. One lock of the driver's, its update lock, makes the two fit: the callback takes it, and so does the code that
- * writes the device's page table, which asks hmm_vma_range_done() under it:
+ * The device has a page table of its own. A mirror tells the driver what to drop from it; a
+ * range call tells it what to put into it. One lock of the driver's, its update lock, makes the
+ * two fit: the callback takes it, and so does the code that writes the device's page table,
+ * which asks hmm_vma_range_done() under it:
  *
  *     again:
  *       ret = hmm_vma_fault(vma, &range, start, end, pfns, write, true);
@@ -37,29 +38,31 @@
  *       release_lock(driver->update);
  *
  * Bound the number of rounds: somebody may change the range all the time.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * ------------------------------------------------------------------------------------------ */
 
 //@ before hmm_device_new
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Device memory (hmm.txt, section 5)
  *
- * Memory that only the device can reach, with one page descriptor for each of its pages. A page of it that holds data of the
- * process looks to the CPU like a page that was swapped out. Every such page is charged and counted as the page that it
- * replaced.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * Memory that only the device can reach, with one page descriptor for each of its pages. A page
+ * of it that holds data of the process looks to the CPU like a page that was swapped out. Every
+ * such page is charged and counted as the page that it replaced.
+ * ------------------------------------------------------------------------------------------ */
 
 //@ before migrate_vma
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * Migration to and from device memory (hmm.txt, section 6)
  *
- * Never all or nothing: each page moves, or stays as it was. Private anonymous memory (malloc, numpy arrays, stacks of other
- * threads) can move to a device; everything else can be mirrored where it is.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * Never all or nothing: each page moves, or stays as it was. Private anonymous memory (malloc,
+ * numpy arrays, stacks of other threads) can move to a device; everything else can be mirrored
+ * where it is.
+ * ------------------------------------------------------------------------------------------ */
 
 //@ before hmm_soft_create
-/* ------------------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------
  * The soft device
  *
- * A software accelerator with memory, a page table and threads of its own: to try the library without hardware, and to test
- * against. Its kernels take the process's own pointers, wherever the pages are.
- * --------------------------------------------------------------------------------------------------------------------- */
+ * A software accelerator with memory, a page table and threads of its own: to try the library
+ * without hardware, and to test against. Its kernels take the process's own pointers, wherever
+ * the pages are.
+ * ------------------------------------------------------------------------------------------ */

@@ -6,56 +6,67 @@
  * @file hmm.h
  * Heterogeneous memory management in user space.
  *
- * Linux HMM lets a kernel driver mirror a process's address space into its device's page table, keep the two in step, and
- * migrate ordinary pages to device memory and back; when the CPU touches a migrated page it faults, and the driver brings
- * the page home. This library is that for drivers in user space, on the real memory of the process they run in: plain
- * malloc(), mmap(), any pointer.
+ * Linux HMM lets a kernel driver mirror a process's address space into its device's page table,
+ * keep the two in step, and migrate ordinary pages to device memory and back; when the CPU
+ * touches a migrated page it faults, and the driver brings the page home. This library is that
+ * for drivers in user space, on the real memory of the process they run in: plain malloc(),
+ * mmap(), any pointer.
  *
- * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers of its age (kernels v4.14 to
- * v4.17). What is ours and not the kernel's begins with hmm_mm_, hmm_soft_, or is marked "Source: ours". Numbered promises
- * (1 to 82) are the statements of hmm.txt that the tests of this project are named after.
+ * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers
+ * of its age (kernels v4.14 to v4.17). What is ours and not the kernel's begins with hmm_mm_,
+ * hmm_soft_, or is marked "Source: ours". Numbered promises (1 to 82) are the statements of
+ * hmm.txt that the tests of this project are named after.
  *
  * A driver in five steps (examples/c/driver.c is the whole of it):
  *
- *  1. hmm_mm_current() gives the address space; hmm_pin_range() keeps the driver's own memory from migrating.
- *  2. hmm_mirror_register(): from now on sync_cpu_device_pagetables is called for each change of the CPU page table. It takes
- *     the driver's update lock and drops what the device knew of the range.
- *  3. To let the device use a range: hmm_mm_read_lock(), find_vma(), hmm_vma_fault(); then, under the update lock,
- *     hmm_vma_range_done(): if it is true, write the device's page table, else start over.
+ *  1. hmm_mm_current() gives the address space; hmm_pin_range() keeps the driver's own memory
+ *     from migrating.
+ *  2. hmm_mirror_register(): from now on sync_cpu_device_pagetables is called for each change
+ *     of the CPU page table. It takes the driver's update lock and drops what the device knew
+ *     of the range.
+ *  3. To let the device use a range: hmm_mm_read_lock(), find_vma(), hmm_vma_fault(); then,
+ *     under the update lock, hmm_vma_range_done(): if it is true, write the device's page
+ *     table, else start over.
  *  4. hmm_devmem_add() gives device memory pages; migrate_vma() moves pages there and back.
- *  5. The fault callback brings a page home when the CPU touches it, by migrate_vma(); the free callback gets the device
- *     page back.
+ *  5. The fault callback brings a page home when the CPU touches it, by migrate_vma(); the free
+ *     callback gets the device page back.
  *
  * Conventions
  *
- *  - Functions return 0 or a count, or a negative errno. Functions that return a pointer return ERR_PTR(-errno), or NULL where
- *    they say so. hmm_last_error() has the text of the thread's last error. An error changes nothing, except where the
- *    function says so.
- *  - Handles (struct mm_struct, struct vm_area_struct, struct hmm_devmem, struct hmm_device, struct hmm_soft_device) are
- *    checked: NULL, foreign pointers and handles that were given back are refused with -EINVAL. Other pointers must be valid;
- *    NULL and misaligned ones are refused.
- *  - Addresses of ranges are unsigned long where the kernel's are, and pointers in functions of ours. A page is 4 KiB.
- *  - A struct of ours that may grow begins with its size. A shorter one than the library knows is an older one; a longer one
- *    must be zero behind what the library knows.
- *  - Callbacks are called with no lock of the library held, and their structs are copied when they are handed over. They run on
- *    the thread that caused them, which for CPU faults and for layout changes of the process is a service thread of the
- *    library. So they must not touch memory that may migrate: not the heap, not a global, unless pinned. They must not call
- *    malloc(), printf() and the like, and must not leave by longjmp() or an exception. They may call the functions whose
- *    Context says "callbacks included", and what their own description allows.
+ *  - Functions return 0 or a count, or a negative errno. Functions that return a pointer return
+ *    ERR_PTR(-errno), or NULL where they say so. hmm_last_error() has the text of the thread's
+ *    last error. An error changes nothing, except where the function says so.
+ *  - Handles (struct mm_struct, struct vm_area_struct, struct hmm_devmem, struct hmm_device,
+ *    struct hmm_soft_device) are checked: NULL, foreign pointers and handles that were given
+ *    back are refused with -EINVAL. Other pointers must be valid; NULL and misaligned ones are
+ *    refused.
+ *  - Addresses of ranges are unsigned long where the kernel's are, and pointers in functions of
+ *    ours. A page is 4 KiB.
+ *  - A struct of ours that may grow begins with its size. A shorter one than the library knows
+ *    is an older one; a longer one must be zero behind what the library knows.
+ *  - Callbacks are called with no lock of the library held, and their structs are copied when
+ *    they are handed over. They run on the thread that caused them, which for CPU faults and
+ *    for layout changes of the process is a service thread of the library. So they must not
+ *    touch memory that may migrate: not the heap, not a global, unless pinned. They must not
+ *    call malloc(), printf() and the like, and must not leave by longjmp() or an exception.
+ *    They may call the functions whose Context says "callbacks included", and what their own
+ *    description allows.
  *  - Any function may be called from any thread, except where it says otherwise.
- *  - After fork() the child starts clean: handles of the parent are refused with -ENODEV.
+ *  - fork() brings every page home first. In the child the address space of the parent is dead
+ *    (-ENODEV); hmm_mm_current() opens one of the child's own.
  *  - The library stays loaded once it is: dlclose() does not unload it.
  *
  * To compile: cc -I... program.c -lhmm. Define before the include, if wanted:
  *
- *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see the end of this file).
- *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn, find_vma, container_of, ...);
- *    each has a name with hmm_ in front that is always there.
- *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs with a struct device of
- *    their own.
+ *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see
+ *    the end of this file).
+ *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn,
+ *    find_vma, container_of, ...); each has a name with hmm_ in front that is always there.
+ *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs
+ *    with a struct device of their own.
  */
 
-/* The version of this header: of the interface it describes, and of the library it was generated from. */
+/* The version of the interface that this header describes. */
 #define HMM_VERSION_MAJOR @MAJOR@
 #define HMM_VERSION_MINOR @MINOR@
 #define HMM_VERSION_PATCH @PATCH@
@@ -66,8 +77,9 @@
 #define HMM_VERSION_NUMBER HMM_VERSION(HMM_VERSION_MAJOR, HMM_VERSION_MINOR, HMM_VERSION_PATCH)
 
 /*
- * Pages. System memory is numbered by its address (pfn = address >> 12), as behind an IOMMU that maps the addresses of the
- * process one to one. Device memory has pfns of its own, from HMM_DEVICE_PFN on.
+ * Pages. System memory is numbered by its address (pfn = address >> 12), as behind an IOMMU
+ * that maps the addresses of the process one to one. Device memory has pfns of its own, from
+ * HMM_DEVICE_PFN on.
  */
 #define HMM_PAGE_SHIFT 12
 #define HMM_PAGE_SIZE (1UL << HMM_PAGE_SHIFT)
@@ -76,8 +88,8 @@
 #define HMM_DEVICE_PFN (1UL << 36)
 
 /*
- * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those of kernel v4.14. With
- * HMM_API_4_17 the same names are indices into the driver's own tables.
+ * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those
+ * of kernel v4.14. With HMM_API_4_17 the same names are indices into the driver's own tables.
  */
 #ifndef HMM_API_4_17
 /** The entry holds a pfn. */

@@ -8,7 +8,8 @@ use std::ffi::c_int;
 
 /// What an address space has counted since it was opened.
 ///
-/// Set size to sizeof(struct hmm_mm_counters) before the call; later versions may add members at the end.
+/// Set size to sizeof(struct hmm_mm_counters) before the call; later versions may add members at
+/// the end.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct hmm_mm_counters {
@@ -42,7 +43,8 @@ pub struct hmm_mm_counters {
     pub device_pages_dropped: u64,
     /// Pages whose device lost the data: SIGBUS at the touch.
     pub poisoned: u64,
-    /// Faults raised by the library's own threads: a driver's callback touched memory that migrates.
+    /// Faults raised by the library's own threads: a driver's callback touched memory that
+    /// migrates.
     pub self_faults: u64,
 }
 
@@ -74,12 +76,13 @@ impl From<Counters> for hmm_mm_counters {
 
 /// Reads the counters of an address space.
 ///
-/// Device pages count in the process's size as before their migration (hmm.txt, section 7): what the process uses is
-/// the rss that /proc reports plus `device_pages`.
+/// Device pages count in the process's size as before their migration (hmm.txt, section 7): what
+/// the process uses is the rss that /proc reports plus `device_pages`.
 ///
 /// @param mm        The address space.
 /// @param counters  Its size member says how much the caller knows; the rest is filled in.
-/// @return 0; -EINVAL mm is no live handle, counters is NULL or misaligned, or its size is below 4.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle, counters is NULL or misaligned, or its size is below 4.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: ours; hmm.txt section 7 for what counts.

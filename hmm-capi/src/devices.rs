@@ -66,7 +66,8 @@ fn new(drvdata: *mut c_void) -> Result<*mut hmm_device> {
 /// Makes a device for drivers that have none of their own; a convenience, needed by nothing else.
 ///
 /// @param drvdata  The driver's pointer, kept in device.driver_data.
-/// @return The device, to be given back with hmm_device_put(). On failure ERR_PTR(-EBUSY): all 256 numbers are taken.
+/// @return The device, to be given back with hmm_device_put(). On failure ERR_PTR(-EBUSY): all 256
+/// numbers are taken.
 ///
 /// Context: any thread; does not block for long.
 /// Source: hmm_device_new() of kernels v4.14 to v5.2.
@@ -79,7 +80,8 @@ pub unsafe extern "C" fn hmm_device_new(drvdata: *mut c_void) -> *mut hmm_device
 ///
 /// @param hmm_device  What hmm_device_new() returned.
 ///
-/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a live device (nothing is changed).
+/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a live device (nothing is
+/// changed).
 ///
 /// Context: any thread; does not block for long.
 /// Source: hmm_device_put() of kernels v4.14 to v5.2.

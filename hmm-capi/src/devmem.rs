@@ -28,27 +28,30 @@ pub struct resource {
 
 /// A driver's side of device memory. Copied by hmm_devmem_add(), so it may live on the stack.
 ///
-/// Both are called with no lock of the library held, fault usually on a thread that answers CPU faults. They must not
-/// touch memory that may migrate (hmm_pin_range() what they need), must not call malloc or free, and must not leave by
-/// longjmp or an exception.
+/// Both are called with no lock of the library held, fault usually on a thread that answers CPU
+/// faults. They must not touch memory that may migrate (hmm_pin_range() what they need), must not
+/// call malloc or free, and must not leave by longjmp or an exception.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct hmm_devmem_ops {
-    /// Mandatory. The last reference to a device page is gone: nobody uses it any more, and the driver may reuse it at
-    /// once, even before it returns (promises 48, 56). Called exactly once for each page that was named as a destination
-    /// of a migration, also when that migration failed. The driver's locks may be taken, but must not be held around
-    /// calls that free pages (hmm_devmem_remove, migrate_vma, munmap).
+    /// Mandatory. The last reference to a device page is gone: nobody uses it any more, and the
+    /// driver may reuse it at once, even before it returns (promises 48, 56). Called exactly once
+    /// for each page that was named as a destination of a migration, also when that migration
+    /// failed. The driver's locks may be taken, but must not be held around calls that free pages
+    /// (hmm_devmem_remove, migrate_vma, munmap).
     pub free: Option<unsafe extern "C" fn(devmem: *mut hmm_devmem, page: *mut page)>,
-    /// Mandatory. The CPU touches addr, whose page is on the device. Bring it home with migrate_vma(), on a range inside
-    /// vma that holds addr; neighbours may come along (promises 49, 50). The calling thread counts as holding the lock of
-    /// the address space for reading, and vma lives until the return.
+    /// Mandatory. The CPU touches addr, whose page is on the device. Bring it home with
+    /// migrate_vma(), on a range inside vma that holds addr; neighbours may come along (promises
+    /// 49, 50). The calling thread counts as holding the lock of the address space for reading, and
+    /// vma lives until the return.
     ///
-    /// page is the device page, as a hint: it may have come home meanwhile, and then there is nothing left to do. flags is
-    /// a set of FAULT_FLAG_WRITE and FAULT_FLAG_REMOTE (a request of the library or another thread, not a touch). pmdp
-    /// is NULL.
+    /// page is the device page, as a hint: it may have come home meanwhile, and then there is
+    /// nothing left to do. flags is a set of FAULT_FLAG_WRITE and FAULT_FLAG_REMOTE (a request of
+    /// the library or another thread, not a touch). pmdp is NULL.
     ///
-    /// Returns 0 or VM_FAULT_MAJOR when it was done, VM_FAULT_SIGBUS when the data is lost (the CPU access gets SIGBUS,
-    /// never zeros), VM_FAULT_OOM when there is no memory now (the access is tried again).
+    /// Returns 0 or VM_FAULT_MAJOR when it was done, VM_FAULT_SIGBUS when the data is lost (the CPU
+    /// access gets SIGBUS, never zeros), VM_FAULT_OOM when there is no memory now (the access is
+    /// tried again).
     pub fault: Option<
         unsafe extern "C" fn(
             devmem: *mut hmm_devmem,
@@ -61,8 +64,8 @@ pub struct hmm_devmem_ops {
     >,
 }
 
-/// Device memory that the library made page descriptors for. Made by hmm_devmem_add(), read by the driver, given back
-/// to hmm_devmem_remove().
+/// Device memory that the library made page descriptors for. Made by hmm_devmem_add(), read by the
+/// driver, given back to hmm_devmem_remove().
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct hmm_devmem {
@@ -184,15 +187,17 @@ fn remove(devmem: *mut hmm_devmem) -> Result<()> {
 
 /// Registers device memory and makes a descriptor for each of its pages.
 ///
-/// The library never sees the memory itself: nothing of it is mapped, and a driver that hands out page n of pfn_first +
-/// n decides what that means on its device. All pages are free at first and the driver's to hand out, as destinations of
-/// migrate_vma(); the library has no allocator for them.
+/// The library never sees the memory itself: nothing of it is mapped, and a driver that hands out
+/// page n of pfn_first + n decides what that means on its device. All pages are free at first and
+/// the driver's to hand out, as destinations of migrate_vma(); the library has no allocator for
+/// them.
 ///
 /// @param ops     The driver's callbacks; copied.
 /// @param device  The device, kept for the driver in devmem->device; may be NULL.
 /// @param size    Bytes, rounded up to whole pages; at most 256 GiB.
-/// @return The device memory. On failure ERR_PTR(): -EINVAL ops or a callback is NULL, ops is misaligned, size is 0 or too
-/// large; -ENOMEM no descriptors, or 64 devices exist already.
+/// @return The device memory. On failure ERR_PTR():
+///  - -EINVAL: ops or a callback is NULL, ops is misaligned, size is 0 or too large;
+///  - -ENOMEM: no descriptors, or 64 devices exist already.
 ///
 /// Context: any thread; may block.
 /// Source: hmm.txt section 5; promise 47.
@@ -210,7 +215,9 @@ pub unsafe extern "C" fn hmm_devmem_add(
 /// @param ops     The driver's callbacks.
 /// @param device  The device; may be NULL.
 /// @param res     Where the memory is.
-/// @return Always ERR_PTR(): -EINVAL ops, a callback or res is NULL, or ops is misaligned; else -EOPNOTSUPP.
+/// @return Always ERR_PTR():
+///  - -EINVAL: ops, a callback or res is NULL, or ops is misaligned;
+///  - -EOPNOTSUPP: the arguments are good.
 ///
 /// Context: any thread; does not block.
 /// Source: hmm_devmem_add_resource() of kernels v4.14 to v5.2.
@@ -228,15 +235,17 @@ pub unsafe extern "C" fn hmm_devmem_add_resource(
     outcome.into_c()
 }
 
-/// Removes device memory: brings its pages home through fault, waits until every page is free, and forgets it.
+/// Removes device memory: brings its pages home through fault, waits until every page is free, and
+/// forgets it.
 ///
-/// If that takes longer than the library waits (about 10 seconds), or a page cannot come home, the device memory stays
-/// as it is: hmm_last_errno() says why, and the call can be made again. The driver's update lock must not be held.
+/// If that takes longer than the library waits (about 10 seconds), or a page cannot come home, the
+/// device memory stays as it is: hmm_last_errno() says why, and the call can be made again. The
+/// driver's update lock must not be held.
 ///
 /// @param devmem  What hmm_devmem_add() returned; NULL does nothing.
 ///
-/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not live device memory (nothing is changed); -EBUSY;
-/// -EIO; -EDEADLK called from inside a callback.
+/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not live device memory (nothing
+/// is changed); -EBUSY; -EIO; -EDEADLK called from inside a callback.
 ///
 /// Context: any thread, but not inside a callback; may block; calls fault and free.
 /// Source: hmm.txt section 5; promises 54, 81.
@@ -270,7 +279,8 @@ fn owner_of(page: *const page) -> Result<(Arc<Devmem>, Pfn)> {
 /// @param page  A page of device memory.
 /// @param data  The word.
 ///
-/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a page of live device memory.
+/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a page of live device
+/// memory.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: hmm_devmem_page_set_drvdata() of kernels v4.14 to v5.2; promise 53.

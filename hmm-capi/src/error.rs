@@ -76,11 +76,12 @@ pub(crate) fn record_outcome(outcome: Result<()>) {
 
 /// The text of the calling thread's last error.
 ///
-/// It says what was wrong, at which address, and often what to do about it: "invalid argument at 0x7f0012345001:
-/// range is not page aligned". Every function that returns an error leaves one; a success leaves the text as it is.
+/// It says what was wrong, at which address, and often what to do about it: "invalid argument at
+/// 0x7f0012345001: range is not page aligned". Every function that returns an error leaves one; a
+/// success leaves the text as it is.
 ///
-/// @return A NUL-terminated string, empty when no call of this thread failed yet. It belongs to the library and stays
-/// as it is until this thread calls hmm_last_error() again. Never NULL.
+/// @return A NUL-terminated string, empty when no call of this thread failed yet. It belongs to the
+/// library and stays as it is until this thread calls hmm_last_error() again. Never NULL.
 ///
 /// Context: any thread, but not inside a callback (the first call on a thread may allocate).
 /// Source: ours.
@@ -99,9 +100,10 @@ pub extern "C" fn hmm_last_error() -> *const c_char {
 
 /// The errno of the calling thread's last failure, or of the last function that returns nothing.
 ///
-/// Some functions return nothing because their kernel models do: hmm_mirror_unregister(), hmm_devmem_remove(),
-/// hmm_device_put(), hmm_devmem_page_set_drvdata(), the unlock functions' relatives. They leave their outcome here:
-/// 0 when they did what was asked, else the error.
+/// Some functions return nothing because their kernel models do: hmm_mirror_unregister(),
+/// hmm_devmem_remove(), hmm_device_put(), hmm_devmem_page_set_drvdata(). They leave their outcome
+/// here: 0 when they did what was asked, else the error. So do hmm_find_vma() and
+/// hmm_vma_alloc_locked_page(), whose NULL has several reasons.
 ///
 /// @return 0, or a negative errno such as -EINVAL.
 ///

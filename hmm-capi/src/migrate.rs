@@ -15,19 +15,22 @@ use std::sync::Arc;
 
 /// A driver's side of a migration. Copied by migrate_vma().
 ///
-/// Both are called on the thread that called migrate_vma(), with no lock of the library held. A large range may be cut
-/// into several batches: then both are called once for each, with that batch's start and end, and with src and dst
-/// pointing at that batch's first entries of the caller's arrays.
+/// Both are called on the thread that called migrate_vma(), with no lock of the library held. A
+/// large range may be cut into several batches: then both are called once for each, with that
+/// batch's start and end, and with src and dst pointing at that batch's first entries of the
+/// caller's arrays.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct migrate_vma_ops {
-    /// Mandatory. For each entry of src with MIGRATE_PFN_MIGRATE: choose a destination page, copy (or clear it, when src
-    /// has no MIGRATE_PFN_VALID: nothing was there), and store migrate_pfn(pfn) | MIGRATE_PFN_LOCKED in dst, with
-    /// MIGRATE_PFN_DEVICE for a device page. Leave dst 0 to let a page stay where it is. The pages are taken from the CPU:
-    /// nobody can change them meanwhile (promise 61). src must not be changed.
+    /// Mandatory. For each entry of src with MIGRATE_PFN_MIGRATE: choose a destination page, copy
+    /// (or clear it, when src has no MIGRATE_PFN_VALID: nothing was there), and store
+    /// migrate_pfn(pfn) | MIGRATE_PFN_LOCKED in dst, with MIGRATE_PFN_DEVICE for a device page.
+    /// Leave dst 0 to let a page stay where it is. The pages are taken from the CPU: nobody can
+    /// change them meanwhile (promise 61). src must not be changed.
     ///
-    /// A source with MIGRATE_PFN_DEVICE is on a device, which need not be the driver's own: compare its pfn. Others are
-    /// readable by the CPU at pfn_to_virt(). A destination in system memory comes from hmm_vma_alloc_locked_page(vma).
+    /// A source with MIGRATE_PFN_DEVICE is on a device, which need not be the driver's own: compare
+    /// its pfn. Others are readable by the CPU at pfn_to_virt(). A destination in system memory
+    /// comes from hmm_vma_alloc_locked_page(vma).
     pub alloc_and_copy: Option<
         unsafe extern "C" fn(
             vma: *mut vm_area_struct,
@@ -38,8 +41,9 @@ pub struct migrate_vma_ops {
             private_data: *mut c_void,
         ),
     >,
-    /// Mandatory. The outcome: entries of src that still have MIGRATE_PFN_MIGRATE moved, and only those (promise 62). The
-    /// pages are still locked, so device page tables may be updated here (promise 63). src and dst must not be changed.
+    /// Mandatory. The outcome: entries of src that still have MIGRATE_PFN_MIGRATE moved, and only
+    /// those (promise 62). The pages are still locked, so device page tables may be updated here
+    /// (promise 63). src and dst must not be changed.
     pub finalize_and_map: Option<
         unsafe extern "C" fn(
             vma: *mut vm_area_struct,
@@ -111,7 +115,8 @@ impl MigrateOps for Calls {
     }
 }
 
-/// The caller's arrays, kept in system memory while the migration runs: it may be the heap that migrates.
+/// The caller's arrays, kept in system memory while the migration runs: it may be the heap that
+/// migrates.
 struct Pinned<'a> {
     mm: &'a Mm,
     ranges: [Option<AddrRange>; 2],
@@ -184,13 +189,20 @@ fn migrate(
     let _pinned = Pinned::new(vma, &arrays, range.pages())?;
     let callback_vma = CallbackVma::new(Arc::clone(&vma.mm), vma.vma, vma.fault_page)?;
     let mut calls = Calls { ops, arrays, vma: callback_vma, private_data };
-    let request = MigrateRequest {
-        range,
-        select: Select::SYSTEM | Select::DEVICE,
-        owner: None,
-        fault_page: vma.fault_page,
+    let mut run = |select| {
+        let request = MigrateRequest { range, select, owner: None, fault_page: vma.fault_page };
+        vma.mm.core.migrate(&request, &mut calls, &mut src, &mut dst)
     };
-    vma.mm.core.migrate(&request, &mut calls, &mut src, &mut dst)?;
+    if vma.fault_page.is_some() {
+        // A CPU fault brings pages home. What is home stays there: the mm may be closing, or the process forking.
+        run(Select::DEVICE)?;
+    } else {
+        match run(Select::SYSTEM | Select::DEVICE) {
+            // While the mm closes nothing may leave, but pages may still come home.
+            Err(Error::Gone { .. }) => run(Select::DEVICE)?,
+            other => other?,
+        }
+    }
     write_out(&src, calls.arrays.src);
     write_out(&dst, calls.arrays.dst);
     Ok(())
@@ -223,31 +235,45 @@ fn migrate_checked(
     migrate(ops, &vma, range, arrays, private_data)
 }
 
-/// Moves the pages of a range to where the driver's callbacks decide: to device memory, back, or from device to device.
+/// Moves the pages of a range to where the driver's callbacks decide: to device memory, back, or
+/// from device to device.
 ///
-/// The range is invalidated in all mirrors, the driver's own included; then pages that can be had are taken from the
-/// CPU, and alloc_and_copy chooses and fills their destinations. Pages that cannot be taken (pinned, shared, file-backed,
-/// in use by another migration) are left out and stay as they are; so do pages for which the driver stores no
-/// destination. Then the new places become visible, and finalize_and_map is told which pages moved. CPU accesses to pages
-/// under migration sleep until it is over.
+/// The range is invalidated in all mirrors, the driver's own included; then pages that can be had
+/// are taken from the CPU, and alloc_and_copy chooses and fills their destinations. Pages that
+/// cannot be taken (pinned, shared, file-backed, in use by another migration) are left out and stay
+/// as they are; so do pages for which the driver stores no destination. Then the new places become
+/// visible, and finalize_and_map is told which pages moved. CPU accesses to pages under migration
+/// sleep until it is over.
 ///
-/// Afterwards src and dst of the whole range hold the final entries. They must not overlap. Destination pages of device
-/// memory that were not used in the end are given back through free.
+/// With the vma that a fault callback received, only pages on devices are collected: what is home
+/// stays there. The same holds for every migration while the address space is being closed.
+///
+/// Afterwards src and dst of the whole range hold the final entries. They must not overlap.
+/// Destination pages of device memory that were not used in the end are given back through free.
 ///
 /// @param ops           The driver's callbacks; copied.
-/// @param vma           The mapping that holds all of the range; the address space is locked, or it is a callback's vma.
+/// @param vma           The mapping that holds all of the range; the address space is locked, or it
+///                      is a callback's vma.
 /// @param mentries      Entries of src and of dst; at least one for each page.
 /// @param start         First address; rounded down to its page.
 /// @param end           First address behind the range; rounded down to its page.
 /// @param src           One entry for each page, filled in: what is there now.
 /// @param dst           One entry for each page, cleared before alloc_and_copy: where it goes.
 /// @param private_data  For the callbacks.
-/// @return 0, also when nothing moved; -EINVAL ops, a callback, src or dst is NULL or misaligned, vma is no live handle,
-/// start >= end, the range leaves the vma, mentries is too small, or the mapping is of a kind that never migrates (driver
-/// memory, hugetlbfs); -EBUSY too many migrations for 10 seconds; -ENOMEM; -EFAULT the mapping is gone; -EDEADLK inside a
-/// callback that must not migrate; -ENODEV closed. On errors src and dst are not written.
+/// @return 0, also when nothing moved, or:
+///  - -EINVAL: ops, a callback, src or dst is NULL or misaligned, vma is no live handle, start >=
+///    end, the range leaves the vma, mentries is too small, or the mapping is of a kind that never
+///    migrates (driver memory, hugetlbfs);
+///  - -EBUSY: too many migrations for 10 seconds;
+///  - -ENOMEM;
+///  - -EFAULT: the mapping is gone;
+///  - -EDEADLK: inside a callback that must not migrate;
+///  - -ENODEV: closed.
 ///
-/// Context: a thread that holds the lock of the address space (either way), or a fault callback; may block.
+/// On errors src and dst are not written.
+///
+/// Context: a thread that holds the lock of the address space (either way), or a fault callback;
+/// may block.
 /// Source: hmm.txt section 6; promises 57 to 74. Without mentries: HMM_API_4_17.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn migrate_vma(
@@ -295,16 +321,19 @@ fn alloc_locked_page(vma: *mut vm_area_struct, addr: u64) -> Result<*mut page> {
     found.map(pages::from_pfn).ok_or_else(|| invalid(addr, what))
 }
 
-/// Gets a page of system memory for a page that comes home, locked and writable at hmm_page_to_virt().
+/// Gets a page of system memory for a page that comes home, locked and writable at
+/// hmm_page_to_virt().
 ///
-/// Each page that comes home has its system page reserved before alloc_and_copy is called, so this cannot run out of
-/// memory half-way.
+/// Each page that comes home has its system page reserved before alloc_and_copy is called, so this
+/// cannot run out of memory half-way.
 ///
 /// @param vma   The vma that alloc_and_copy received.
-/// @param addr  The address whose page it will be: one of the batch, with MIGRATE_PFN_DEVICE in its src.
-/// @return The page, to be stored in dst as migrate_pfn(page_to_pfn(page)) | MIGRATE_PFN_LOCKED; a page that is not stored
-/// goes back by itself. NULL with hmm_last_errno() -EINVAL: not inside alloc_and_copy, not on its thread, no live vma, or
-/// not the address of a page that this batch brings home.
+/// @param addr  The address whose page it will be: one of the batch, with MIGRATE_PFN_DEVICE in its
+///              src.
+/// @return The page, to be stored in dst as migrate_pfn(page_to_pfn(page)) | MIGRATE_PFN_LOCKED; a
+/// page that is not stored goes back by itself. NULL with hmm_last_errno() -EINVAL: not inside
+/// alloc_and_copy, not on its thread, no live vma, or not the address of a page that this batch
+/// brings home.
 ///
 /// Context: inside alloc_and_copy, on the thread that it was called on; does not block for long.
 /// Source: hmm_vma_alloc_locked_page() of kernels v4.14 to v5.2.

@@ -37,20 +37,21 @@ pub enum hmm_update_type {
 
 /// A driver's side of mirroring. Copied at registration, so it may live on the stack.
 ///
-/// Both are called with no lock of the library held. They must not touch memory that may migrate (hmm_pin_range() what
-/// they need), must not call malloc or free, must not call a function that this header does not mark "callbacks
-/// included", and must not leave by longjmp or an exception.
+/// Both are called with no lock of the library held. They must not touch memory that may migrate
+/// (hmm_pin_range() what they need), must not call malloc or free, must not call a function that
+/// this header does not mark "callbacks included", and must not leave by longjmp or an exception.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct hmm_mirror_ops {
-    /// Optional. The address space is being closed: the driver must not use the mirror for new device mappings. Called
-    /// once for each registered mirror (promise 43). hmm_mirror_unregister() is still the driver's to call, later and
-    /// elsewhere.
+    /// Optional. The address space is being closed: the driver must not use the mirror for new
+    /// device mappings. Called once for each registered mirror (promise 43).
+    /// hmm_mirror_unregister() is still the driver's to call, later and elsewhere.
     pub release: Option<unsafe extern "C" fn(mirror: *mut hmm_mirror)>,
-    /// Mandatory. The CPU page table changes between start (inclusive) and end (exclusive), which may be more than what
-    /// changes, and never less (promise 22). Take the driver's update lock, drop the device's translations of the range
-    /// and wait until the device uses none of them, then return: the CPU side waits for it (promises 23 to 25).
-    /// Calls for one mirror may come from several threads at once.
+    /// Mandatory. The CPU page table changes between start (inclusive) and end (exclusive), which
+    /// may be more than what changes, and never less (promise 22). Take the driver's update lock,
+    /// drop the device's translations of the range and wait until the device uses none of them,
+    /// then return: the CPU side waits for it (promises 23 to 25). Calls for one mirror may come
+    /// from several threads at once.
     pub sync_cpu_device_pagetables: Option<
         unsafe extern "C" fn(
             mirror: *mut hmm_mirror,
@@ -61,11 +62,11 @@ pub struct hmm_mirror_ops {
     >,
 }
 
-/// A mirror of an address space. The driver embeds it in a structure of its own, sets ops, registers it, and gets back
-/// to its structure with container_of(). It need not be cleared before.
+/// A mirror of an address space. The driver embeds it in a structure of its own, sets ops,
+/// registers it, and gets back to its structure with container_of(). It need not be cleared before.
 ///
-/// Its pages are pinned while it is registered. It must not move, and may be freed once hmm_mirror_unregister()
-/// returned.
+/// Its pages are pinned while it is registered. It must not move, and may be freed once
+/// hmm_mirror_unregister() returned.
 #[derive(Debug)]
 #[repr(C)]
 pub struct hmm_mirror {
@@ -229,18 +230,24 @@ fn unregister(mirror: *mut hmm_mirror) -> Result<()> {
     Ok(())
 }
 
-/// Registers a mirror of an address space: from its return on, the mirror's callback is called for every change of the
-/// CPU page table, in every range that a call of the library has looked at or migrated.
+/// Registers a mirror of an address space: from its return on, the mirror's callback is called for
+/// every change of the CPU page table, in every range that a call of the library has looked at or
+/// migrated.
 ///
-/// Takes the lock of the address space for writing itself, as hmm.txt tells it. (The merged kernels want it held; with
-/// HMM_API_4_17 the name stands for hmm_mirror_register_locked().) Any number of mirrors may be registered on one address
-/// space, and each gets every update.
+/// Takes the lock of the address space for writing itself, as hmm.txt tells it. (The merged kernels
+/// want it held; with HMM_API_4_17 the name stands for hmm_mirror_register_locked().) Any number of
+/// mirrors may be registered on one address space, and each gets every update.
 ///
-/// @param mirror  The driver's structure; mirror->ops is set, and ops->sync_cpu_device_pagetables with it.
+/// @param mirror  The driver's structure; mirror->ops is set, and ops->sync_cpu_device_pagetables
+///                with it.
 /// @param mm      The address space.
-/// @return 0; -EINVAL mirror, its ops or the callback is NULL, a pointer is misaligned, or mm is no live handle; -EBUSY
-/// the mirror is registered already, or the lock was not free for 10 seconds; -EDEADLK this thread holds the lock, or is
-/// inside a callback; -ENOMEM more than 1024 mirrors; -EFAULT the mirror's memory cannot be pinned; -ENODEV closed.
+/// @return 0, or:
+///  - -EINVAL: mirror, its ops or the callback is NULL, a pointer is misaligned, or mm is no live
+///    handle;
+///  - -EBUSY: the mirror is registered already, or the lock was not free for 10 seconds;
+///  - -EDEADLK: this thread holds the lock, or is inside a callback;
+///  - -ENOMEM: more than 1024 mirrors;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback, and without the lock; may block.
 /// Source: hmm.txt section 4; promises 18 to 20.
@@ -253,7 +260,8 @@ pub unsafe extern "C" fn hmm_mirror_register(mirror: *mut hmm_mirror, mm: *mut m
 ///
 /// @param mirror  As for hmm_mirror_register().
 /// @param mm      The address space, locked by hmm_mm_write_lock() on this thread.
-/// @return As hmm_mirror_register(), but -EINVAL when the lock is not held for writing by this thread.
+/// @return As hmm_mirror_register(), but -EINVAL when the lock is not held for writing by this
+/// thread.
 ///
 /// Context: the thread that holds the lock; may block.
 /// Source: hmm.txt section 4; promise 19; hmm_mirror_register() of kernels v4.14 to v4.17.
@@ -265,18 +273,21 @@ pub unsafe extern "C" fn hmm_mirror_register_locked(
     register_locked(mirror, mm).into_c()
 }
 
-/// Unregisters a mirror: once it returned, no callback of the mirror runs or will run, and the structure may be freed.
+/// Unregisters a mirror: once it returned, no callback of the mirror runs or will run, and the
+/// structure may be freed.
 ///
-/// Waits for callbacks that are running, at most 10 seconds. The driver's update lock must not be held: a callback may
-/// be waiting for it. A mirror that is not registered is left alone.
+/// Waits for callbacks that are running, at most 10 seconds. The driver's update lock must not be
+/// held: a callback may be waiting for it. A mirror that is not registered is left alone.
 ///
-/// From inside a callback of the same address space it cannot wait for itself. Then the mirror is switched off at once
-/// (no further callback begins), hmm_last_errno() says -EDEADLK, and the structure must stay until a second call, from
-/// outside, finished the work. The same holds for -EBUSY, when a callback did not return in time.
+/// From inside a callback of the same address space it cannot wait for itself. Then the mirror is
+/// switched off at once (no further callback begins), hmm_last_errno() says -EDEADLK, and the
+/// structure must stay until a second call, from outside, finished the work. The same holds for
+/// -EBUSY, when a callback did not return in time.
 ///
 /// @param mirror  The mirror.
 ///
-/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EDEADLK inside a callback; -EBUSY a callback did not return.
+/// Returns nothing, as in the kernel. hmm_last_errno(): 0; -EDEADLK inside a callback; -EBUSY a
+/// callback did not return.
 ///
 /// Context: any thread; blocks while callbacks run.
 /// Source: hmm.txt section 4; promise 42; the kernel's hmm_mirror_unregister().

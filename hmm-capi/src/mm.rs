@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex};
 
 /// The address space of this process, as the library sees it: opaque.
 ///
-/// hmm_mm_current() opens it or takes one more reference, hmm_mm_put() drops one; the last put closes it.
+/// hmm_mm_current() opens it or takes one more reference, hmm_mm_put() drops one; the last put
+/// closes it.
 #[expect(missing_debug_implementations, reason = "opaque to C")]
 pub struct mm_struct {
     _opaque: [u8; 0],
@@ -103,10 +104,15 @@ fn put(mm: *mut mm_struct) -> Result<()> {
 
 /// Opens the address space of this process, or takes one more reference to it.
 ///
-/// The first call chooses the engine (environment variable HMM_ENGINE: auto, or uffd) and starts its service threads.
+/// The first call chooses the engine (environment variable HMM_ENGINE: auto, or uffd) and starts
+/// its service threads.
 ///
-/// @return The address space: the same pointer for every caller until the last hmm_mm_put(). On failure ERR_PTR():
-/// -EOPNOTSUPP no engine works on this kernel, and hmm_last_error() says why and what would help; -ENOMEM; -EBUSY.
+/// @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
+/// failure ERR_PTR():
+///  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
+///    help;
+///  - -ENOMEM;
+///  - -EBUSY.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; stands for the kernel's current->mm with mmget().
@@ -117,14 +123,19 @@ pub extern "C" fn hmm_mm_current() -> *mut mm_struct {
 
 /// Drops one reference; the last one closes the address space.
 ///
-/// Closing calls the release callback of each mirror once, brings every page home from its device, and stops the
-/// service threads. Mirrors stay the driver's to unregister; device memory stays the driver's to remove.
+/// Closing calls the release callback of each mirror once, brings every page home from its device,
+/// and stops the service threads. Mirrors stay the driver's to unregister; device memory stays the
+/// driver's to remove.
 ///
 /// @param mm  What hmm_mm_current() returned.
-/// @return 0; -EINVAL mm is no live handle; -EDEADLK called from inside a callback; -EBUSY, -EIO a device did not give
-/// its pages back (the reference is kept, nothing is lost, try again).
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle;
+///  - -EDEADLK: called from inside a callback;
+///  - -EBUSY, -EIO: a device did not give its pages back (the reference is kept, nothing is lost,
+///    try again).
 ///
-/// Context: any thread, but not inside a callback; may block; calls release, fault and free callbacks.
+/// Context: any thread, but not inside a callback; may block; calls release, fault and free
+/// callbacks.
 /// Source: the kernel's mmput(); promise 43.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hmm_mm_put(mm: *mut mm_struct) -> c_int {
@@ -134,7 +145,8 @@ pub unsafe extern "C" fn hmm_mm_put(mm: *mut mm_struct) -> c_int {
 /// The name of the engine that changes CPU mappings, for people ("uffd").
 ///
 /// @param mm  The address space.
-/// @return A string that lives as long as the address space is open; NULL when mm is no live handle.
+/// @return A string that lives as long as the address space is open; NULL when mm is no live
+/// handle.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: ours.
@@ -144,13 +156,16 @@ pub unsafe extern "C" fn hmm_mm_engine(mm: *const mm_struct) -> *const c_char {
     get(mm).map_or(ptr::null(), |mm| mm.engine.as_ptr().cast())
 }
 
-/// Waits until layout changes that were made before this call are applied and their callbacks are done.
+/// Waits until layout changes that were made before this call are applied and their callbacks are
+/// done.
 ///
-/// munmap(), mremap() and madvise() of the process are reported to the library while they happen. A thread that made
-/// one and then starts device work calls this in between, so that the device cannot use a translation from before.
+/// munmap(), mremap() and madvise() of the process are reported to the library while they happen. A
+/// thread that made one and then starts device work calls this in between, so that the device
+/// cannot use a translation from before.
 ///
 /// @param mm  The address space.
-/// @return 0; -EINVAL mm is no live handle.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; stands for the synchronous invalidation of hmm.txt, section 4 (promise 23).
@@ -173,8 +188,10 @@ fn check_buffer(buffer: *const c_void, length: usize) -> Result<()> {
 /// @param addr    First byte to read; need not be mapped.
 /// @param buffer  Where the bytes go; plain memory of the caller.
 /// @param length  Bytes to read.
-/// @return The bytes read, fewer than length when the mapping ends before; -EFAULT nothing is readable at addr;
-/// -EINVAL mm is no live handle, buffer is NULL, or length above SSIZE_MAX; -ENODEV closed.
+/// @return The bytes read, fewer than length when the mapping ends before, or:
+///  - -EFAULT: nothing is readable at addr;
+///  - -EINVAL: mm is no live handle, buffer is NULL, or length above SSIZE_MAX;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; compare process_vm_readv(2).
@@ -202,8 +219,10 @@ pub unsafe extern "C" fn hmm_mm_read(
 /// @param addr    First byte to write; need not be mapped.
 /// @param buffer  The bytes; plain memory of the caller.
 /// @param length  Bytes to write.
-/// @return The bytes written, fewer than length when the writable mapping ends before; -EFAULT nothing is writable at
-/// addr; -EINVAL mm is no live handle, buffer is NULL, or length above SSIZE_MAX; -ENODEV closed.
+/// @return The bytes written, fewer than length when the writable mapping ends before, or:
+///  - -EFAULT: nothing is writable at addr;
+///  - -EINVAL: mm is no live handle, buffer is NULL, or length above SSIZE_MAX;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; compare process_vm_writev(2).
@@ -223,16 +242,16 @@ pub unsafe extern "C" fn hmm_mm_write(
     get(mm).and_then(write).into_c()
 }
 
-/// Reads memory of the process only if that needs no waiting: for a device engine that works under the driver's update
-/// lock, where a fault would wait for itself.
+/// Reads memory of the process only if that needs no waiting: for a device engine that works under
+/// the driver's update lock, where a fault would wait for itself.
 ///
 /// @param mm      The address space.
 /// @param addr    First byte to read; need not be mapped.
 /// @param buffer  Where the bytes go; memory of the caller that does not migrate.
 /// @param length  Bytes to read.
-/// @return True when all bytes were read. False when some page of them is not present (it is on a device, on its way, never
-/// touched, not mapped); then buffer may be partly written. Let go of the lock, use hmm_vma_fault(), and try again. Also
-/// false for bad arguments.
+/// @return True when all bytes were read. False when some page of them is not present (it is on a
+/// device, on its way, never touched, not mapped); then buffer may be partly written. Let go of the
+/// lock, use hmm_vma_fault(), and try again. Also false for bad arguments.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: ours; stands for an access through the device's page table.
@@ -258,8 +277,8 @@ pub unsafe extern "C" fn hmm_mm_peek(
 /// @param addr    First byte to write; need not be mapped.
 /// @param buffer  The bytes; memory of the caller that does not migrate.
 /// @param length  Bytes to write.
-/// @return True when all bytes were written. False when some page of them is not present or not writable; then the bytes of
-/// earlier pages may be written. Also false for bad arguments.
+/// @return True when all bytes were written. False when some page of them is not present or not
+/// writable; then the bytes of earlier pages may be written. Also false for bad arguments.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: ours; stands for an access through the device's page table.
@@ -292,15 +311,19 @@ fn on_range<R>(
 
 /// Brings a range home and keeps it in system memory until it is unpinned.
 ///
-/// For memory that a driver's callbacks touch, or that they hold a lock over: the driver's structure, its page table,
-/// its lists. A callback that touched a page that is on a device would wait for itself.
-/// Pins count: what is pinned twice is unpinned twice, with the same addr and length.
+/// For memory that a driver's callbacks touch, or that they hold a lock over: the driver's
+/// structure, its page table, its lists. A callback that touched a page that is on a device would
+/// wait for itself. Pins count: what is pinned twice is unpinned twice, with the same addr and
+/// length.
 ///
 /// @param mm      The address space.
 /// @param addr    Anywhere in the first page.
 /// @param length  Bytes; every page that they touch is pinned.
-/// @return 0 (what is not mapped counts as home); -EINVAL mm is no live handle, addr is NULL, length is 0 or overflows;
-/// -EBUSY, -EIO a page did not come home; -ENOMEM more than 4096 pins; -ENODEV closed.
+/// @return 0 (what is not mapped counts as home), or:
+///  - -EINVAL: mm is no live handle, addr is NULL, length is 0 or overflows;
+///  - -EBUSY, -EIO: a page did not come home;
+///  - -ENOMEM: more than 4096 pins;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; compare the kernel's pin_user_pages().
@@ -318,7 +341,9 @@ pub unsafe extern "C" fn hmm_pin_range(
 /// @param mm      The address space.
 /// @param addr    As given to hmm_pin_range().
 /// @param length  As given to hmm_pin_range().
-/// @return 0; -EINVAL mm is no live handle, a bad range, or these pages were not pinned by one call; -ENODEV closed.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle, a bad range, or these pages were not pinned by one call;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; does not block for long.
 /// Source: ours; compare the kernel's unpin_user_pages().
@@ -337,8 +362,14 @@ pub unsafe extern "C" fn hmm_unpin_range(
 /// @param addr    Anywhere in the first page.
 /// @param length  Bytes; every page that they touch is made present.
 /// @param write   As if for writing: copy-on-write is broken.
-/// @return Pages that came home from devices; -EINVAL mm is no live handle, or a bad range; -EFAULT something is not
-/// mapped; -EPERM the protection forbids it; -EIO a device lost a page; -EBUSY; -ENOMEM; -ENODEV closed.
+/// @return Pages that came home from devices, or:
+///  - -EINVAL: mm is no live handle, or a bad range;
+///  - -EFAULT: something is not mapped;
+///  - -EPERM: the protection forbids it;
+///  - -EIO: a device lost a page;
+///  - -EBUSY;
+///  - -ENOMEM;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
 /// Source: ours; compare madvise(MADV_POPULATE_WRITE).
@@ -390,10 +421,12 @@ fn residency(mm: &Mm, range: AddrRange, places: *mut u8, count: usize) -> Result
 /// @param mm      The address space.
 /// @param addr    Anywhere in the first page.
 /// @param length  Bytes; every page that they touch is reported.
-/// @param places  One byte for each page: HMM_RESIDENCY_NONE, _SYSTEM, _DEVICE, _MIGRATING, _POISONED or _UNMAPPED.
+/// @param places  One byte for each page: HMM_RESIDENCY_NONE, _SYSTEM, _DEVICE, _MIGRATING,
+///                _POISONED or _UNMAPPED.
 /// @param count   Bytes at places; at least one for each page.
-/// @return 0; -EINVAL mm is no live handle, a bad range, places is NULL or too small; -ENODEV closed (places may then be
-/// partly written).
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle, a bad range, places is NULL or too small;
+///  - -ENODEV: closed (places may then be partly written).
 ///
 /// Context: any thread, but not inside a callback; does not block for long.
 /// Source: ours; compare mincore(2).

@@ -5,8 +5,8 @@
 use hmm_core::Pfn;
 use std::ptr;
 
-/// A page of system or device memory: opaque, and nothing is behind the pointer. The pointer's value carries the pfn, with
-/// bits set that make any access through it a fault.
+/// A page of system or device memory: opaque, and nothing is behind the pointer. The pointer's
+/// value carries the pfn, with bits set that make any access through it a fault.
 #[expect(missing_debug_implementations, reason = "opaque to C")]
 pub struct page {
     _opaque: [u8; 0],

@@ -14,8 +14,9 @@ use std::ptr;
 /// One entry of a range: HMM_PFN_* flags in the low 7 bits, the pfn above.
 pub type hmm_pfn_t = c_ulong;
 
-/// A range of addresses between a look at the CPU page table and hmm_vma_range_done(). The caller provides the memory,
-/// usually on its stack, and need not set anything: the look fills it in. It must not move while it is active.
+/// A range of addresses between a look at the CPU page table and hmm_vma_range_done(). The caller
+/// provides the memory, usually on its stack, and need not set anything: the look fills it in. It
+/// must not move while it is active.
 #[derive(Debug)]
 #[repr(C)]
 pub struct hmm_range {
@@ -84,8 +85,8 @@ fn fill_in(range: *mut hmm_range, addresses: AddrRange, pfns: *mut hmm_pfn_t) {
     }
 }
 
-/// The error of a look whose fault could not be finished in time: with `block` false the lock is dropped and the error
-/// becomes EAGAIN, as hmm.txt's age has it.
+/// The error of a look whose fault could not be finished in time: with `block` false the lock is
+/// dropped and the error becomes EAGAIN, as hmm.txt's age has it.
 pub(crate) fn after_busy(error: Error, block: bool, vma: *const vm_area_struct) -> Error {
     if block || !matches!(error, Error::Busy { .. }) {
         return error;
@@ -102,26 +103,33 @@ pub(crate) fn after_busy(error: Error, block: bool, vma: *const vm_area_struct) 
 
 /// Looks at the CPU page table of a range, without faulting anything in, and begins to track it.
 ///
-/// Entries describe what is present: flags and pfn where a page is (HMM_PFN_VALID), HMM_PFN_EMPTY where none is,
-/// HMM_PFN_DEVICE_UNADDRESSABLE with the pfn of a device page, HMM_PFN_ERROR where memory is poisoned. The CPU page table
-/// is not changed.
+/// Entries describe what is present: flags and pfn where a page is (HMM_PFN_VALID), HMM_PFN_EMPTY
+/// where none is, HMM_PFN_DEVICE_UNADDRESSABLE with the pfn of a device page, HMM_PFN_ERROR where
+/// memory is poisoned. The CPU page table is not changed.
 ///
-/// On success the range is active: any change of the CPU page table inside it is noticed until hmm_vma_range_done(),
-/// which must be called once. After an error the range is not active, and hmm_vma_range_done() must not be called.
-/// The driver reads pfns under its update lock, where it must not fault: pin them (hmm_pin_range) unless they are on
-/// memory that nobody migrates.
+/// On success the range is active: any change of the CPU page table inside it is noticed until
+/// hmm_vma_range_done(), which must be called once. After an error the range is not active, and
+/// hmm_vma_range_done() must not be called. The driver reads pfns under its update lock, where it
+/// must not fault: pin them (hmm_pin_range) unless they are on memory that nobody migrates.
 ///
-/// @param vma    The mapping that holds all of the range; so the address space is locked by the caller.
+/// @param vma    The mapping that holds all of the range; so the address space is locked by the
+///               caller.
 /// @param range  Memory for the range; its contents before the call do not matter.
 /// @param start  First address, page aligned.
 /// @param end    First address behind the range, page aligned.
 /// @param pfns   One entry for each page.
-/// @return 0, whatever the entries say; -EINVAL a pointer is NULL or misaligned, vma is no live handle, the bounds are not
-/// page aligned, empty, reversed or outside the vma, no mirror is registered, or the mapping is of a kind that is never
-/// mirrored (then all entries are HMM_PFN_SPECIAL); -EPERM the mapping is not readable; -EFAULT it is gone; -EBUSY it
-/// changed all the time; -ENOMEM; -ENODEV closed.
+/// @return 0, whatever the entries say, or:
+///  - -EINVAL: a pointer is NULL or misaligned, vma is no live handle, the bounds are not page
+///    aligned, empty, reversed or outside the vma, no mirror is registered, or the mapping is of a
+///    kind that is never mirrored (then all entries are HMM_PFN_SPECIAL);
+///  - -EPERM: the mapping is not readable;
+///  - -EFAULT: it is gone;
+///  - -EBUSY: it changed all the time;
+///  - -ENOMEM: no memory for the entries, or more than 4096 ranges are active;
+///  - -ENODEV: closed.
 ///
-/// Context: a thread that holds the lock of the address space; not inside sync_cpu_device_pagetables; may block.
+/// Context: a thread that holds the lock of the address space; not inside
+/// sync_cpu_device_pagetables; may block.
 /// Source: hmm.txt section 4; promises 26, 31 to 38; kernels v4.14 to v4.16.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hmm_vma_get_pfns(
@@ -137,27 +145,31 @@ pub unsafe extern "C" fn hmm_vma_get_pfns(
 
 /// Like hmm_vma_get_pfns(), but faults in what is missing first, as if the CPU had touched it.
 ///
-/// Missing pages are filled with zeros, read from their file, swapped in. With write, read-only pages of writable
-/// mappings become writable (copy-on-write is broken). Pages on a device are reported as they are, not brought home:
-/// look at HMM_PFN_DEVICE_UNADDRESSABLE.
+/// Missing pages are filled with zeros, read from their file, swapped in. With write, read-only
+/// pages of writable mappings become writable (copy-on-write is broken). Pages on a device are
+/// reported as they are, not brought home: look at HMM_PFN_DEVICE_UNADDRESSABLE.
 ///
-/// The library never has to drop the lock to wait for a fault. Only when a range keeps changing for longer than a second
-/// does it give up; then block decides: if true, the result is -EBUSY and the lock is still held; if false, the lock is
-/// released (if the caller holds it once and for reading) and the result is -EAGAIN: the driver takes the lock, finds
-/// the vma, and starts over.
+/// The library never has to drop the lock to wait for a fault. Only when a range keeps changing for
+/// longer than a second does it give up; then block decides: if true, the result is -EBUSY and the
+/// lock is still held; if false, the lock is released (if the caller holds it once and for reading)
+/// and the result is -EAGAIN: the driver takes the lock, finds the vma, and starts over.
 ///
-/// @param vma    The mapping that holds all of the range; so the address space is locked by the caller.
+/// @param vma    The mapping that holds all of the range; so the address space is locked by the
+///               caller.
 /// @param range  Memory for the range; its contents before the call do not matter.
 /// @param start  First address, page aligned.
 /// @param end    First address behind the range, page aligned.
 /// @param pfns   One entry for each page.
 /// @param write  Pages are wanted writable.
 /// @param block  What -EBUSY means, see above.
-/// @return 0; look at each entry, as not every page can be made valid. Errors as hmm_vma_get_pfns(), and: -EFAULT a fault
-/// failed (the entries from there on are zero or HMM_PFN_ERROR); -EPERM write, and the mapping is not writable; -EAGAIN the
-/// lock was released.
+/// @return 0 (look at each entry: not every page can be made valid), or one of hmm_vma_get_pfns()'s
+/// errors, or:
+///  - -EFAULT: a fault failed (the entries from there on are zero or HMM_PFN_ERROR);
+///  - -EPERM: write, and the mapping is not writable;
+///  - -EAGAIN: the lock was released.
 ///
-/// Context: a thread that holds the lock of the address space; not inside a callback; may block; may call fault.
+/// Context: a thread that holds the lock of the address space; not inside a callback; may block;
+/// may call fault.
 /// Source: hmm.txt section 4; promises 27 to 31, 34 to 38, 44 to 46; kernels v4.14 to v4.16.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hmm_vma_fault(
@@ -178,17 +190,20 @@ pub unsafe extern "C" fn hmm_vma_fault(
 
 /// Ends the tracking of a range and tells whether what was found is still true.
 ///
-/// Called once after each success of hmm_vma_get_pfns() or hmm_vma_fault(), under the driver's update lock, the one that
-/// sync_cpu_device_pagetables takes. Then either the change already came (the result is false), or its callback waits
-/// for the lock and removes afterwards what the driver writes now.
+/// Called once after each success of hmm_vma_get_pfns() or hmm_vma_fault(), under the driver's
+/// update lock, the one that sync_cpu_device_pagetables takes. Then either the change already came
+/// (the result is false), or its callback waits for the lock and removes afterwards what the driver
+/// writes now.
 ///
-/// When the result is false, the entries of what changed are zero. A driver may start over, or use the entries that
-/// are left.
+/// When the result is false, the entries of what changed are zero. A driver may start over, or use
+/// the entries that are left.
 ///
-/// @param vma    Not looked at: the range knows its address space. (It may be stale by now, so it may be NULL.)
+/// @param vma    Not looked at: the range knows its address space. (It may be stale by now, so it
+///               may be NULL.)
 /// @param range  The range.
-/// @return True when nothing in the range was invalidated since the look began. False when something was; also when the
-/// range is not active (nothing is changed then, and hmm_last_errno() is -EINVAL).
+/// @return True when nothing in the range was invalidated since the look began. False when
+/// something was; also when the range is not active (nothing is changed then, and hmm_last_errno()
+/// is -EINVAL).
 ///
 /// Context: any thread, with the driver's update lock; does not block.
 /// Source: hmm.txt section 4; promises 36 to 40; kernels v4.14 to v4.16.

@@ -10,7 +10,8 @@ use crate::vma::vm_area_struct;
 use hmm_core::{Access, AddrRange, Error, PAGE_SHIFT, PfnEntry, PfnFlags, Result};
 use std::ffi::{c_int, c_ulong};
 
-/// A range in the form of kernel v4.17, which the header calls `struct hmm_range` when HMM_API_4_17 is defined.
+/// A range in the form of kernel v4.17, which the header calls `struct hmm_range` when HMM_API_4_17
+/// is defined.
 ///
 /// The driver sets every member but list and valid before hmm_vma_get_pfns() or hmm_vma_fault().
 #[derive(Debug)]
@@ -24,12 +25,14 @@ pub struct hmm_range_4_17 {
     pub start: c_ulong,
     /// First address behind the range, page aligned.
     pub end: c_ulong,
-    /// One entry for each page. For hmm_vma_fault() each says, in the driver's own flags, what is wanted of its page.
+    /// One entry for each page. For hmm_vma_fault() each says, in the driver's own flags, what is
+    /// wanted of its page.
     pub pfns: *mut u64,
-    /// The driver's bits for HMM_PFN_VALID, HMM_PFN_WRITE and HMM_PFN_DEVICE_PRIVATE, in this order.
+    /// The driver's bits for HMM_PFN_VALID, HMM_PFN_WRITE and HMM_PFN_DEVICE_PRIVATE, in this
+    /// order.
     pub flags: *const u64,
-    /// The driver's whole entries for HMM_PFN_ERROR, HMM_PFN_NONE and HMM_PFN_SPECIAL, in this order. Choose 0 for NONE:
-    /// entries that are invalidated become 0.
+    /// The driver's whole entries for HMM_PFN_ERROR, HMM_PFN_NONE and HMM_PFN_SPECIAL, in this
+    /// order. Choose 0 for NONE: entries that are invalidated become 0.
     pub values: *const u64,
     /// How far a pfn is shifted in an entry; at most 12.
     pub pfn_shift: u8,
@@ -183,7 +186,8 @@ impl Request {
 /// hmm_vma_get_pfns() in the form of kernel v4.17; see HMM_API_4_17.
 ///
 /// @param range  All arguments.
-/// @return As hmm_vma_get_pfns(); -EINVAL also when flags or values is NULL or pfn_shift is above 12.
+/// @return As hmm_vma_get_pfns(), or:
+///  - -EINVAL: also when flags or values is NULL or pfn_shift is above 12.
 ///
 /// Context: as hmm_vma_get_pfns().
 /// Source: hmm_vma_get_pfns() of kernel v4.17; promises 26, 30 to 38.
@@ -194,12 +198,14 @@ pub unsafe extern "C" fn hmm_vma_get_pfns_4_17(range: *mut hmm_range_4_17) -> c_
 
 /// hmm_vma_fault() in the form of kernel v4.17; see HMM_API_4_17.
 ///
-/// Each entry says before the call what is wanted: the driver's bit for VALID, to have the page present; with WRITE,
-/// writable; with DEVICE_PRIVATE, brought home if it is on a device. An entry without VALID is only looked at.
+/// Each entry says before the call what is wanted: the driver's bit for VALID, to have the page
+/// present; with WRITE, writable; with DEVICE_PRIVATE, brought home if it is on a device. An entry
+/// without VALID is only looked at.
 ///
 /// @param range  All arguments.
 /// @param block  As for hmm_vma_fault().
-/// @return As hmm_vma_fault(); -EINVAL also when flags or values is NULL or pfn_shift is above 12.
+/// @return As hmm_vma_fault(), or:
+///  - -EINVAL: also when flags or values is NULL or pfn_shift is above 12.
 ///
 /// Context: as hmm_vma_fault().
 /// Source: hmm_vma_fault() of kernel v4.17; promises 27 to 31, 34 to 38, 44 to 46.

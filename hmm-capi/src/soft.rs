@@ -19,14 +19,15 @@ pub struct hmm_soft_device {
 static DEVICES: Table<Opaque, SoftDevice, 64> =
     Table::new("not a live hmm_soft_device of this library", "hmm_soft_device handles (64)");
 
-/// What a soft device shall be like. Set size to sizeof(struct hmm_soft_config), and every member that is left 0 gets its
-/// default.
+/// What a soft device shall be like. Set size to sizeof(struct hmm_soft_config), and every member
+/// that is left 0 gets its default.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct hmm_soft_config {
     /// sizeof(struct hmm_soft_config).
     pub size: u32,
-    /// When pages move to the device: HMM_SOFT_ON_REQUEST (the default), HMM_SOFT_ON_TOUCH or HMM_SOFT_NEVER.
+    /// When pages move to the device: HMM_SOFT_ON_REQUEST (the default), HMM_SOFT_ON_TOUCH or
+    /// HMM_SOFT_NEVER.
     pub policy: u32,
     /// Device memory in bytes, a whole number of pages up to 256 GiB. Default: 64 MiB.
     pub memory_bytes: u64,
@@ -43,8 +44,8 @@ pub struct hmm_soft_config {
 // SAFETY: repr(C), u32 first, integers only, no padding: two u32, three u64, two u32.
 unsafe impl Sized32 for hmm_soft_config {}
 
-/// What a soft device has counted since it was made. Set size to sizeof(struct hmm_soft_counters) before the call; later
-/// versions may add members at the end.
+/// What a soft device has counted since it was made. Set size to sizeof(struct hmm_soft_counters)
+/// before the call; later versions may add members at the end.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct hmm_soft_counters {
@@ -64,7 +65,8 @@ pub struct hmm_soft_counters {
     pub evictions: u64,
     /// Invalidation callbacks received.
     pub invalidations: u64,
-    /// Times that a range changed while a device fault looked at it, or a page went away before it was used.
+    /// Times that a range changed while a device fault looked at it, or a page went away before it
+    /// was used.
     pub retries: u64,
     /// Kernels that ended, well or not.
     pub jobs: u64,
@@ -136,13 +138,16 @@ fn destroy(device: *mut hmm_soft_device) -> Result<()> {
 
 /// Makes a soft device on an address space.
 ///
-/// It has memory that the CPU is never given an address of, a page table that is filled by device faults and kept in step
-/// by a mirror, a copy engine, and threads that run kernels on the process's own pointers.
+/// It has memory that the CPU is never given an address of, a page table that is filled by device
+/// faults and kept in step by a mirror, a copy engine, and threads that run kernels on the
+/// process's own pointers.
 ///
 /// @param mm      The address space.
 /// @param config  What it shall be like; NULL for all defaults.
-/// @return The device, to be given to hmm_soft_destroy(). On failure ERR_PTR(): -EINVAL mm is no live handle, or a member of
-/// config is out of its bounds; -ENOMEM; -ENODEV closed.
+/// @return The device, to be given to hmm_soft_destroy(). On failure ERR_PTR():
+///  - -EINVAL: mm is no live handle, or a member of config is out of its bounds;
+///  - -ENOMEM;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours.
@@ -157,8 +162,10 @@ pub unsafe extern "C" fn hmm_soft_create(
 /// Takes a soft device down: lets its kernels end, brings all its pages home, frees it.
 ///
 /// @param device  The device.
-/// @return 0; -EINVAL not a live device; -EBUSY a kernel or a page did not let go in time: the device stays, nothing is
-/// lost, try again.
+/// @return 0, or:
+///  - -EINVAL: not a live device;
+///  - -EBUSY: a kernel or a page did not let go in time: the device stays, nothing is lost, try
+///    again.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours.
@@ -178,14 +185,19 @@ fn on_range(
     range.and_then(|range| call(&*get(device)?, range)).into_c()
 }
 
-/// Moves the pages of a range to the device. May span mappings; pages that cannot migrate stay; a full device takes what
-/// fits.
+/// Moves the pages of a range to the device. May span mappings; pages that cannot migrate stay; a
+/// full device takes what fits.
 ///
 /// @param device  The device.
 /// @param addr    Anywhere in the first page.
 /// @param length  Bytes; every page that they touch is meant.
-/// @return Pages that moved; -EINVAL not a live device, or a bad range; -EOPNOTSUPP its policy is HMM_SOFT_NEVER; -EFAULT
-/// nothing is mapped there; -EBUSY; -ENOMEM; -ENODEV closed.
+/// @return Pages that moved, or:
+///  - -EINVAL: not a live device, or a bad range;
+///  - -EOPNOTSUPP: its policy is HMM_SOFT_NEVER;
+///  - -EFAULT: nothing is mapped there;
+///  - -EBUSY;
+///  - -ENOMEM;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; policy is the driver's (promise 16).
@@ -203,8 +215,11 @@ pub unsafe extern "C" fn hmm_soft_migrate(
 /// @param device  The device.
 /// @param addr    Anywhere in the first page.
 /// @param length  Bytes; every page that they touch is meant.
-/// @return Pages that moved; -EINVAL not a live device, or a bad range; -EFAULT nothing is mapped there; -EBUSY; -ENODEV
-/// closed.
+/// @return Pages that moved, or:
+///  - -EINVAL: not a live device, or a bad range;
+///  - -EFAULT: nothing is mapped there;
+///  - -EBUSY;
+///  - -ENODEV: closed.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; promise 74.
@@ -221,7 +236,8 @@ pub unsafe extern "C" fn hmm_soft_bring_home(
 ///
 /// @param device    The device.
 /// @param counters  Its size member says how much the caller knows; the rest is filled in.
-/// @return 0; -EINVAL not a live device, counters is NULL or misaligned, or its size is below 4.
+/// @return 0, or:
+///  - -EINVAL: not a live device, counters is NULL or misaligned, or its size is below 4.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: ours.
@@ -239,7 +255,8 @@ pub unsafe extern "C" fn hmm_soft_counters(
 ///
 /// @param device  The device.
 /// @param policy  HMM_SOFT_ON_REQUEST, HMM_SOFT_ON_TOUCH or HMM_SOFT_NEVER.
-/// @return 0; -EINVAL not a live device, or an unknown policy.
+/// @return 0, or:
+///  - -EINVAL: not a live device, or an unknown policy.
 ///
 /// Context: any thread; does not block.
 /// Source: ours.
@@ -255,7 +272,8 @@ pub unsafe extern "C" fn hmm_soft_set_policy(device: *mut hmm_soft_device, polic
 /// @param device      The device.
 /// @param latency_ns  Added for each batch copied and each device fault, in nanoseconds.
 /// @param bandwidth   Bytes per second of the copy engine; 0 means as fast as memory is.
-/// @return 0; -EINVAL not a live device.
+/// @return 0, or:
+///  - -EINVAL: not a live device.
 ///
 /// Context: any thread; does not block.
 /// Source: ours.

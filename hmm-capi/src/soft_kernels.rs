@@ -36,9 +36,14 @@ fn with_result<T>(
 /// @param dst     First byte; any address of the process.
 /// @param length  Bytes.
 /// @param byte    The value.
-/// @return 0; -EINVAL not a live device, NULL, zero length or overflow (nothing was written); -EFAULT something is not
-/// mapped; -EPERM not writable; -EBUSY the device is stuck or its queue full; -ENODEV closed. After -EFAULT and -EPERM a
-/// part may be written.
+/// @return 0, or:
+///  - -EINVAL: not a live device, NULL, zero length or overflow (nothing was written);
+///  - -EFAULT: something is not mapped;
+///  - -EPERM: not writable;
+///  - -EBUSY: the device is stuck or its queue full;
+///  - -ENODEV: closed.
+///
+/// After -EFAULT and -EPERM a part may be written.
 ///
 /// Context: any thread, but not inside a callback; blocks until the kernel is done.
 /// Source: ours.
@@ -58,7 +63,8 @@ pub unsafe extern "C" fn hmm_soft_fill(
 /// @param dst     First byte to write.
 /// @param src     First byte to read.
 /// @param length  Bytes; the two ranges must not overlap.
-/// @return As hmm_soft_fill(); -EINVAL also when the ranges overlap.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when the ranges overlap.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.
@@ -79,7 +85,8 @@ pub unsafe extern "C" fn hmm_soft_copy(
 /// @param x       Elements to read.
 /// @param y       Elements to change; the same as x, or apart from it.
 /// @param count   Elements.
-/// @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or the ranges overlap in part.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when a pointer is misaligned or the ranges overlap in part.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.
@@ -100,7 +107,8 @@ pub unsafe extern "C" fn hmm_soft_axpy_f64(
 /// @param src     Elements.
 /// @param count   How many.
 /// @param result  Where the sum goes; written on success only.
-/// @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or result is NULL.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when a pointer is misaligned or result is NULL.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.
@@ -121,7 +129,8 @@ pub unsafe extern "C" fn hmm_soft_sum_f64(
 /// @param src     Elements.
 /// @param count   How many.
 /// @param result  Where the sum goes; written on success only.
-/// @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or result is NULL.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when a pointer is misaligned or result is NULL.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.
@@ -143,7 +152,8 @@ pub unsafe extern "C" fn hmm_soft_sum_u64(
 /// @param src     Elements to choose from; the indices say how far it reaches.
 /// @param index   Indices into src.
 /// @param count   Elements of dst and index.
-/// @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned or dst overlaps index.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when a pointer is misaligned or dst overlaps index.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.
@@ -166,7 +176,8 @@ pub unsafe extern "C" fn hmm_soft_gather_u64(
 /// @param next_offset  offsetof the pointer to the next node; NULL ends the list.
 /// @param max_steps    Most nodes to visit.
 /// @param visited      Where the number of nodes visited goes; written on success only.
-/// @return As hmm_soft_fill(); -EINVAL also when the link or visited is misaligned, or visited is NULL.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when the link or visited is misaligned, or visited is NULL.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours; promise 2.
@@ -190,7 +201,8 @@ pub unsafe extern "C" fn hmm_soft_chase(
 /// @param value_offset  offsetof the word.
 /// @param max_steps     Most nodes to visit.
 /// @param result        Where the sum goes; written on success only.
-/// @return As hmm_soft_fill(); -EINVAL also when the link, the word or result is misaligned, or result is NULL.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when the link, the word or result is misaligned, or result is NULL.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours; promise 2.
@@ -208,13 +220,16 @@ pub unsafe extern "C" fn hmm_soft_chase_sum_u64(
     with_result(device, kernel, result, |sum| sum).into_c()
 }
 
-/// The device adds to a 64-bit word, atomically towards all its kernels; the word's page migrates first.
+/// The device adds to a 64-bit word, atomically towards all its kernels; the word's page migrates
+/// first.
 ///
 /// @param device  The device.
 /// @param addr    The word.
 /// @param value   What to add, modulo 2^64.
 /// @param old     Where the value before goes; NULL if it is not wanted. Written on success only.
-/// @return As hmm_soft_fill(); -EINVAL also when a pointer is misaligned; -EOPNOTSUPP the policy is HMM_SOFT_NEVER.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when a pointer is misaligned;
+///  - -EOPNOTSUPP: the policy is HMM_SOFT_NEVER.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.
@@ -239,7 +254,8 @@ pub unsafe extern "C" fn hmm_soft_atomic_add_u64(
 /// @param count   Words.
 /// @param stride  Bytes from one word to the next: a multiple of 8, at least 8.
 /// @param value   What to add to each, modulo 2^64.
-/// @return As hmm_soft_fill(); -EINVAL also when addr is misaligned or stride is bad.
+/// @return As hmm_soft_fill(), or:
+///  - -EINVAL: also when addr is misaligned or stride is bad.
 ///
 /// Context: as hmm_soft_fill().
 /// Source: ours.

@@ -18,7 +18,8 @@ const fn number(digits: &str) -> c_uint {
 
 /// The version of the library that runs, which may be newer than the header that was compiled in.
 ///
-/// A program that needs something of version 0.2.0 asks for `hmm_version() >= HMM_VERSION(0, 2, 0)`.
+/// A program that needs something of version 0.2.0 asks for `hmm_version() >= HMM_VERSION(0, 2,
+/// 0)`.
 ///
 /// @return The number that HMM_VERSION() composes: major << 16 | minor << 8 | patch.
 ///

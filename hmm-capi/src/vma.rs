@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 /// One mapping of the process: opaque, read through hmm_vma_start() and its like.
 ///
-/// A handle comes from find_vma() and lives until the thread that asked for it releases the lock of the address space;
-/// a handle that a callback received lives until the callback returns. It is a look at one moment: the process may
-/// change its mappings at any time, and every function that takes a vma looks again.
+/// A handle comes from find_vma() and lives until the thread that asked for it releases the lock of
+/// the address space; a handle that a callback received lives until the callback returns. It is a
+/// look at one moment: the process may change its mappings at any time, and every function that
+/// takes a vma looks again.
 #[expect(missing_debug_implementations, reason = "opaque to C")]
 pub struct vm_area_struct {
     _opaque: [u8; 0],
@@ -110,14 +111,15 @@ fn find(mm: *mut mm_struct, addr: u64) -> Result<*mut vm_area_struct> {
 
 /// Finds the first mapping that ends above an address.
 ///
-/// As in the kernel the mapping may begin above the address: compare with hmm_vma_start(). The header offers the
-/// kernel's name find_vma() for it.
+/// As in the kernel the mapping may begin above the address: compare with hmm_vma_start(). The
+/// header offers the kernel's name find_vma() for it.
 ///
 /// @param mm    The address space; the caller holds its lock (either way), or is inside a callback.
 /// @param addr  Any address.
-/// @return A handle that lives until the lock is released (or the callback returns). NULL when there is no such mapping,
-/// and also on errors, which hmm_last_errno() tells apart: 0 no mapping, -EINVAL mm is no live handle or the lock is not
-/// held, -ENODEV the address space is closed, -ENOMEM more than 4096 handles are alive.
+/// @return A handle that lives until the lock is released (or the callback returns). NULL when
+/// there is no such mapping, and also on errors, which hmm_last_errno() tells apart: 0 no mapping,
+/// -EINVAL mm is no live handle or the lock is not held, -ENODEV the address space is closed,
+/// -ENOMEM more than 4096 handles are alive.
 ///
 /// Context: any thread that holds the lock, callbacks included; does not block.
 /// Source: the kernel's find_vma().
@@ -155,8 +157,8 @@ pub unsafe extern "C" fn hmm_vma_end(vma: *const vm_area_struct) -> c_ulong {
 /// Protection and kind of a vma.
 ///
 /// @param vma  A live handle.
-/// @return A set of VM_READ, VM_WRITE, VM_EXEC, VM_SHARED, VM_HUGETLB and VM_PFNMAP; 0 also when vma is not a live
-/// handle.
+/// @return A set of VM_READ, VM_WRITE, VM_EXEC, VM_SHARED, VM_HUGETLB and VM_PFNMAP; 0 also when
+/// vma is not a live handle.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: the kernel's vm_area_struct.vm_flags.
@@ -168,7 +170,8 @@ pub unsafe extern "C" fn hmm_vma_flags(vma: *const vm_area_struct) -> c_ulong {
 /// The address space of a vma.
 ///
 /// @param vma  A live handle.
-/// @return The mm, without a new reference: it is valid as long as the vma is. NULL when vma is not a live handle.
+/// @return The mm, without a new reference: it is valid as long as the vma is. NULL when vma is not
+/// a live handle.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: the kernel's vm_area_struct.vm_mm.
@@ -179,13 +182,17 @@ pub unsafe extern "C" fn hmm_vma_mm(vma: *const vm_area_struct) -> *mut mm_struc
 
 /// Takes the lock of an address space shared (the kernel's mmap_lock, once mmap_sem).
 ///
-/// The lock orders drivers among themselves, and a vma handle lives as long as it is held. It does not stop the process
-/// from changing its mappings (no user-space lock could): ranges are validated by hmm_vma_range_done() for that.
-/// Nests on one thread. Inside fault, alloc_and_copy and finalize_and_map callbacks the thread counts as holding it.
+/// The lock orders drivers among themselves, and a vma handle lives as long as it is held. It does
+/// not stop the process from changing its mappings (no user-space lock could): ranges are validated
+/// by hmm_vma_range_done() for that. Nests on one thread. Inside fault, alloc_and_copy and
+/// finalize_and_map callbacks the thread counts as holding it.
 ///
 /// @param mm  The address space.
-/// @return 0; -EINVAL mm is no live handle; -EDEADLK this thread holds it for writing; -EBUSY it was not free for 10
-/// seconds; -ENOMEM more than 1024 threads hold locks.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle;
+///  - -EDEADLK: this thread holds it for writing;
+///  - -EBUSY: it was not free for 10 seconds;
+///  - -ENOMEM: more than 1024 threads hold locks.
 ///
 /// Context: any thread; blocks while another thread holds it for writing.
 /// Source: the kernel's mmap_read_lock().
@@ -197,7 +204,8 @@ pub unsafe extern "C" fn hmm_mm_read_lock(mm: *mut mm_struct) -> c_int {
 /// Releases what hmm_mm_read_lock() took; the vma handles that this thread got meanwhile end.
 ///
 /// @param mm  The address space.
-/// @return 0; -EINVAL mm is no live handle, or this thread does not hold the lock for reading.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle, or this thread does not hold the lock for reading.
 ///
 /// Context: the thread that took it; does not block.
 /// Source: the kernel's mmap_read_unlock().
@@ -209,8 +217,11 @@ pub unsafe extern "C" fn hmm_mm_read_unlock(mm: *mut mm_struct) -> c_int {
 /// Takes the lock of an address space alone; does not nest.
 ///
 /// @param mm  The address space.
-/// @return 0; -EINVAL mm is no live handle; -EDEADLK this thread holds it already, or is inside a callback; -EBUSY it
-/// was not free for 10 seconds; -ENOMEM more than 1024 threads hold locks.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle;
+///  - -EDEADLK: this thread holds it already, or is inside a callback;
+///  - -EBUSY: it was not free for 10 seconds;
+///  - -ENOMEM: more than 1024 threads hold locks.
 ///
 /// Context: any thread, but not inside a callback; blocks while others hold it.
 /// Source: the kernel's mmap_write_lock().
@@ -222,7 +233,8 @@ pub unsafe extern "C" fn hmm_mm_write_lock(mm: *mut mm_struct) -> c_int {
 /// Releases what hmm_mm_write_lock() took; the vma handles that this thread got meanwhile end.
 ///
 /// @param mm  The address space.
-/// @return 0; -EINVAL mm is no live handle, or this thread does not hold the lock for writing.
+/// @return 0, or:
+///  - -EINVAL: mm is no live handle, or this thread does not hold the lock for writing.
 ///
 /// Context: the thread that took it; does not block.
 /// Source: the kernel's mmap_write_unlock().

@@ -44,7 +44,7 @@ impl Mm {
             && old.is_inherited()
         {
             // Its threads are the parent's: nothing of it may be waited for, or taken down, here.
-            std::mem::forget(old);
+            let _ = Arc::into_raw(old);
         }
         Ok(mm)
     }

@@ -195,6 +195,20 @@ impl Devmem {
     }
 }
 
+/// Looks devices up by page; neighbours are mostly pages of the same one.
+#[derive(Debug, Default)]
+pub(crate) struct LastFound(Option<Arc<Devmem>>);
+
+impl LastFound {
+    pub(crate) fn find(&mut self, page: Pfn) -> Option<&Devmem> {
+        let is_here = |devmem: &Arc<Devmem>| devmem.descriptor(page).is_some();
+        if !self.0.as_ref().is_some_and(is_here) {
+            self.0 = Devmem::find(page);
+        }
+        self.0.as_deref()
+    }
+}
+
 /// A list of device pages that lost their place, linked through their descriptors: no allocation needed.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct DoomedPages {

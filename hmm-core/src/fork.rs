@@ -6,20 +6,13 @@
 //! `posix_spawn` run no such handlers and need none: they share the parent's memory.
 
 use crate::arena;
-use crate::mm::Mm;
+use crate::mm::{Mm, next_generation};
 use crate::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 static INSTALLED: AtomicBool = AtomicBool::new(false);
-/// How many forks lie between the first process of the family and this one.
-static GENERATION: AtomicU32 = AtomicU32::new(0);
 /// The mms whose gates the running fork has closed.
 static HELD: Mutex<Vec<std::sync::Arc<Mm>>> = Mutex::new(Vec::new());
-
-/// Number of the process in its family: an mm of another generation belongs to an ancestor.
-pub(crate) fn generation() -> u32 {
-    GENERATION.load(Ordering::Relaxed)
-}
 
 /// Installs the handlers, once.
 pub(crate) fn install() {
@@ -46,7 +39,7 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
-    GENERATION.fetch_add(1, Ordering::Relaxed);
+    next_generation();
     arena::unlock_after_fork();
     // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
     std::mem::take(&mut *HELD.lock()).into_iter().for_each(|mm| {

@@ -11,8 +11,10 @@ pub const BATCH_PAGES: usize = BATCH_LEAVES * LEAF_PAGES;
 pub const MIGRATIONS: usize = 64;
 /// Staging blocks (2 MiB of address space each) of one mm.
 pub const FRAME_BLOCKS: usize = 512;
-/// Blocks that keep their memory while idle (32 MiB); what is above is freed.
-pub const IDLE_BLOCKS: usize = 16;
+/// Blocks that keep their memory between migrations (64 MiB); what is above is freed at once.
+pub const IDLE_BLOCKS: usize = 32;
+/// Blocks that keep their memory when nothing migrates for half a second (4 MiB).
+pub const RESTING_BLOCKS: usize = 2;
 /// Notifiers and tracked ranges of one mm.
 pub const NOTIFIERS: usize = 4096;
 /// Pinned ranges of one mm.

@@ -9,7 +9,7 @@ use crate::addr::AddrRange;
 use crate::error::{Error, Result};
 use crate::limits::{DEADLINE, NOTIFIERS};
 use crate::ops::{Invalidation, NotifierOps};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, this_thread};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +17,6 @@ use std::time::Instant;
 
 /// Callbacks that run at once at most (service threads and callers).
 const RUNNING: usize = 256;
-
-/// Who the calling thread is, without thread-local storage: its pthread handle.
-pub(crate) fn this_thread() -> usize {
-    // SAFETY: pthread_self has no preconditions.
-    unsafe { libc::pthread_self() as usize }
-}
 
 /// A subscription to changes of a range (`struct mmu_interval_notifier`).
 pub(crate) struct Subscription {

@@ -1,8 +1,11 @@
 //! The only file that names `std::sync` locks. They do not allocate, and a panic does not poison them: a panic on a
 //! service thread ends the process anyway.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{
+    Condvar as StdCondvar, Mutex as StdMutex, PoisonError, RwLock as StdRwLock, TryLockError,
+};
 pub use std::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
-use std::sync::{Condvar as StdCondvar, Mutex as StdMutex, PoisonError, RwLock as StdRwLock};
 use std::time::Duration;
 
 /// A mutex.
@@ -33,31 +36,52 @@ impl<T> RwLock<T> {
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
+    /// Exclusive access, if nobody has any now.
+    pub fn try_write(&self) -> Option<RwLockWriteGuard<'_, T>> {
+        match self.0.try_write() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
     /// Waits for exclusive access.
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A condition variable.
+/// A condition variable whose waiters are counted: to notify nobody costs no system call.
+///
+/// The state that is waited for must be changed under the mutex before `notify_all`, as always.
 #[derive(Debug, Default)]
-pub struct Condvar(StdCondvar);
+pub struct Condvar {
+    inner: StdCondvar,
+    waiters: AtomicU32,
+}
 
 impl Condvar {
     /// A new one.
     pub const fn new() -> Self {
-        Self(StdCondvar::new())
+        Self { inner: StdCondvar::new(), waiters: AtomicU32::new(0) }
     }
     /// Wakes everyone.
     pub fn notify_all(&self) {
-        self.0.notify_all();
+        // Whoever waits counted itself under the mutex, before the state changed under it.
+        if self.waiters.load(Ordering::SeqCst) > 0 {
+            self.inner.notify_all();
+        }
     }
     /// Sleeps until woken or until the time is over.
     pub fn wait_for<'a, T>(&self, guard: MutexGuard<'a, T>, time: Duration) -> MutexGuard<'a, T> {
-        self.0.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let guard = self.inner.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0;
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+        guard
     }
-    /// Sleeps until woken.
-    pub fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-        self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
-    }
+}
+
+/// Who the calling thread is, without thread-local storage: its pthread handle.
+pub(crate) fn this_thread() -> usize {
+    // SAFETY: pthread_self has no preconditions.
+    unsafe { libc::pthread_self() as usize }
 }

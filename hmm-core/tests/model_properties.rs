@@ -11,19 +11,24 @@ use hmm_core::Mm;
 use hmm_core::engine::model::{ModelConfig, ModelEngine, ModelFaults};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
+use std::sync::Arc;
+use support::interrupted::{InterruptedEngine, Moment};
 use support::steps::{Step, sequences};
 use support::world::World;
 
-const CASES: u32 = 64;
-const LONGEST: usize = 60;
+const CASES: u32 = 200;
+const LONGEST: usize = 80;
 
 fn config() -> ProptestConfig {
     let failures = FileFailurePersistence::WithSource("regressions");
-    let mut config =
-        ProptestConfig { failure_persistence: Some(Box::new(failures)), ..ProptestConfig::default() };
+    let mut config = ProptestConfig {
+        failure_persistence: Some(Box::new(failures)),
+        ..ProptestConfig::default()
+    };
     if std::env::var_os("PROPTEST_CASES").is_none() {
         config.cases = CASES;
     }
+    config.max_shrink_iters = 20_000;
     if std::env::var_os("PROPTEST_MAX_SHRINK_TIME").is_none() {
         config.max_shrink_time = 60_000;
     }
@@ -37,10 +42,18 @@ fn trouble() -> impl Strategy<Value = ModelFaults> {
     })
 }
 
-fn run(seed: u64, faults: ModelFaults, steps: &[Step]) -> Result<(), TestCaseError> {
-    let engine = ModelEngine::new(ModelConfig { seed, ..ModelConfig::default() });
-    let mm = Mm::with_engine(engine.clone()).unwrap();
-    let mut world = World::new(engine, mm, faults).unwrap();
+fn run(
+    seed: u64,
+    faults: ModelFaults,
+    troubled: bool,
+    steps: &[Step],
+) -> Result<(), TestCaseError> {
+    let model = ModelEngine::new(ModelConfig { seed, ..ModelConfig::default() });
+    let moment = Arc::new(Moment::default());
+    let engine = InterruptedEngine { model: model.clone(), moment: moment.clone() };
+    let mm = Mm::with_engine(Arc::new(engine)).unwrap();
+    let mut world = World::new(model, mm, faults, Some(moment)).unwrap();
+    world.step(Step::Trouble(troubled)).map_err(TestCaseError::fail)?;
     for (number, step) in steps.iter().enumerate() {
         world
             .step(*step)
@@ -56,8 +69,9 @@ proptest! {
     fn every_byte_is_where_it_should_be(
         seed in any::<u64>(),
         faults in trouble(),
+        troubled in any::<bool>(),
         steps in sequences(LONGEST),
     ) {
-        run(seed, faults, &steps.0)?;
+        run(seed, faults, troubled, &steps.0)?;
     }
 }

@@ -36,7 +36,10 @@ def on_device(memory: object) -> int:
 
 
 def send(device: hmm.SoftDevice, memory: object) -> None:
-    """Migrates all of the memory. A page that is still on its way home from an earlier touch stays at first."""
+    """Migrates all of the memory, which must have its pages for itself.
+
+    A page that is still on its way home from an earlier touch may stay at first.
+    """
     deadline = time.monotonic() + 10
     device.migrate(memory)
     while on_device(memory) < len(hmm.residency(memory)):

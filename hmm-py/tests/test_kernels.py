@@ -6,7 +6,7 @@ import itertools
 import hmm
 import numpy as np
 import pytest
-from pages import on_device, page_aligned, send
+from pages import on_device, page_aligned
 
 pytestmark = pytest.mark.isolated(60)
 
@@ -108,7 +108,8 @@ def test_chains_are_walked_by_the_cpus_pointers(generator):
     head = ctypes.addressof(nodes[order[0]])
     offsets = {"next_offset": Node.next.offset, "max_steps": 10_000}
     with hmm.SoftDevice() as device:
-        send(device, nodes)
+        device.migrate(nodes)
+        assert on_device(nodes) >= 100
         assert device.chase(head, **offsets) == len(nodes)
         assert device.chase_sum(head, value_offset=Node.value.offset, **offsets) == 3 * len(nodes)
         nodes[order[100]].value += 1  # the CPU changes the chain, and its page comes home

@@ -98,19 +98,22 @@ def rss_of(start: int, size: int) -> int:
     return total
 
 
-def exporters():
-    store = np.full(3 * PAGE, 7, "uint8")
-    anonymous = private(3 * PAGE)
-    anonymous[:] = b"\7" * (3 * PAGE)
+SIZE = 8 * PAGE
+SEVENS = b"\7" * SIZE
+
+
+def exporters() -> dict[str, object]:
+    anonymous = private(SIZE)
+    anonymous[:] = SEVENS
     return {
-        "numpy": store,
-        "numpy 3d": store.copy().reshape(3, PAGE // 2, 2),
-        "numpy structured": np.frombuffer(bytearray(b"\7" * 3 * PAGE), [("a", "u4"), ("b", "u4")]),
-        "bytearray": bytearray(b"\7" * 3 * PAGE),
-        "bytes": b"\7" * 3 * PAGE,
-        "memoryview": memoryview(bytearray(b"\7" * 5 * PAGE))[PAGE : 4 * PAGE],
-        "array": array.array("B", b"\7" * 3 * PAGE),
-        "ctypes": (ctypes.c_ubyte * (3 * PAGE)).from_buffer_copy(b"\7" * 3 * PAGE),
+        "numpy": np.full(SIZE, 7, "uint8"),
+        "numpy 3d": np.full((8, PAGE // 2, 2), 7, "uint8"),
+        "numpy structured": np.frombuffer(bytearray(SEVENS), [("a", "u4"), ("b", "u4")]),
+        "bytearray": bytearray(SEVENS),
+        "bytes": bytes(bytearray(SEVENS)),
+        "memoryview": memoryview(bytearray(SEVENS * 2))[PAGE : PAGE + SIZE],
+        "array": array.array("B", SEVENS),
+        "ctypes": (ctypes.c_ubyte * SIZE).from_buffer_copy(SEVENS),
         "mmap": anonymous,
     }
 
@@ -118,9 +121,10 @@ def exporters():
 def test_everything_with_a_buffer_migrates():
     with hmm.SoftDevice() as device:
         for name, memory in exporters().items():
-            assert device.migrate(memory) >= 3, name
-            assert on_device(memory) >= 3, name
-            assert bytes(memory) == b"\7" * 3 * PAGE, name
+            device.migrate(memory)
+            # What shares the pages at the edges may be touched at any time.
+            assert on_device(memory) >= SIZE // PAGE - 1, name
+            assert bytes(memory) == SEVENS, name
 
 
 def test_an_address_and_a_length_name_memory():
@@ -236,10 +240,10 @@ def test_unmapped_memory_frees_its_device_pages():
 
 
 def test_freed_arrays_leave_no_data_behind():
-    with hmm.SoftDevice(memory=8 * MIB) as device:
+    with hmm.SoftDevice() as device:
         for value in range(1, 30):
             x = np.full(MIB // 2, float(value))
-            send(device, x)
+            device.migrate(x)  # not all: malloc's own words share the pages at the edges
             assert device.sum(x) == value * len(x)
             del x
             assert not np.zeros(MIB // 2).any()

@@ -227,8 +227,7 @@ fn layout_changes_under_migration_lose_and_keep_exactly_what_they_should() {
                 scope.spawn(move || {
                     for turn in 0..rounds / 10 {
                         let slot = half * SLOTS / 2 + turn as usize % (SLOTS / 2);
-                        let (at, to) =
-                            (region[slot].addr(), spare[slot].addr());
+                        let (at, to) = (region[slot].addr(), spare[slot].addr());
                         change_one_slot(at, to, SLOT, 10, stop);
                     }
                 })

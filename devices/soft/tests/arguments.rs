@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Region, device, mm, sum_of};
-use hmm_core::{Error, PAGE_SIZE, USER_END};
+use hmm_core::{Error, PAGE_SIZE, Residency, USER_END};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
 use std::time::Duration;
 
@@ -102,16 +102,32 @@ fn pinned_pages_are_used_in_place() {
     let mm = mm();
     let device = device(&mm, 64, Policy::OnTouch);
     let region = Region::counting(4, 1);
-    assert_eq!(device.migrate(region.range()).unwrap(), 4);
     mm.pin_range(region.page(2)).unwrap();
-    assert_eq!(region.pages_on_devices(&mm), 3);
+    assert_eq!(device.migrate(region.range()).unwrap(), 3);
     assert_eq!(device.migrate(region.range()).unwrap(), 0);
     let sum = device.run(sum_of(&region)).unwrap();
+    assert_eq!(region.pages_on_devices(&mm), 3);
     assert_eq!(sum, region.all_words().iter().sum());
     let atomic = Kernel::AtomicAddU64 { addr: region.page(2).start().get(), value: 1 };
     assert_eq!(device.run(atomic).unwrap_err().errno(), libc::EOPNOTSUPP);
     mm.unpin_range(region.page(2)).unwrap();
     assert_eq!(device.run(atomic).unwrap(), 2 * 512 + 1);
+    device.close().unwrap();
+}
+
+#[test]
+fn pinning_brings_device_pages_home() {
+    let mm = mm();
+    let device = device(&mm, 64, Policy::OnRequest);
+    let region = Region::counting(4, 1);
+    assert_eq!(device.migrate(region.range()).unwrap(), 4);
+    mm.pin_range(region.page(2)).unwrap();
+    // The pinned page, and its neighbour by fault-around.
+    assert_eq!(region.residency(&mm)[2], Residency::System);
+    assert_eq!(region.pages_on_devices(&mm), 2);
+    assert_eq!(device.migrate(region.range()).unwrap(), 1);
+    assert_eq!(region.get(2 * 512 + 3), 2 * 512 + 4);
+    mm.unpin_range(region.page(2)).unwrap();
     device.close().unwrap();
 }
 

@@ -142,6 +142,8 @@ pub trait FaultSink: Send + Sync {
     fn on_map_event(&self, event: MapEvent) -> MapTicket;
     /// Finish what `on_map_event` began (callbacks, freed device pages). Called after the layout lock was released.
     fn finish_map_event(&self, ticket: MapTicket);
+    /// Nothing happened for a moment. Called now and then, from a thread that nobody waits for.
+    fn on_idle(&self) {}
     /// Memory that the engine's own threads need (their stacks): it must never migrate.
     fn on_own_memory(&self, range: AddrRange);
 }
@@ -162,6 +164,10 @@ impl LayoutLock {
     /// Holds the layout still.
     pub fn hold(&self) -> RwLockReadGuard<'_, ()> {
         self.0.read()
+    }
+    /// As [`LayoutLock::change`], if nobody holds the layout now.
+    pub fn try_change(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        self.0.try_write()
     }
     /// For reading and applying events.
     pub fn change(&self) -> RwLockWriteGuard<'_, ()> {
@@ -209,7 +215,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
     /// store. Holes stay holes: their frames stay empty.
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
-    /// Installs the contents of frames from `frame` on, each page atomically, and wakes who waits for it.
+    /// Installs the contents of frames from `frame` on, each page atomically. Need not wake anybody: the caller does,
+    /// when it is done with everything else.
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
     /// Installs a page of zeros and wakes who waits for it.
     fn zero(&self, page: VirtAddr, write: bool) -> Progress;
@@ -240,6 +247,10 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn reserve_frames(&self, bytes: u64) -> Result<AddrRange>;
     /// Fills an empty frame slot with a page of zeros.
     fn fill_frame(&self, frame: VirtAddr) -> bool;
+    /// As [`Engine::fill_frame`], for a run of empty slots. Returns how many from the start are filled now.
+    fn fill_frames(&self, frames: AddrRange) -> usize {
+        (0..frames.pages()).take_while(|slot| self.fill_frame(frames.page_at(*slot))).count()
+    }
     /// Frees the memory of frame slots; they are empty afterwards. Never called by a thread that reads events.
     fn empty_frames(&self, frames: AddrRange);
     /// Whether the calling thread is one of the engine's own (it must then never wait for the others).

@@ -3,7 +3,7 @@
 use super::{MigrateRequest, cleared};
 use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::arena::Buffer;
-use crate::devmem::Devmem;
+use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
@@ -11,8 +11,8 @@ use crate::mm::frames::{Block, SlotSet};
 use crate::mm::inflight::{Flight, is_candidate};
 use crate::mm::page_table::{Entry, Leaf, Place};
 use crate::mm::{Mm, Vma};
-use crate::notifier::this_thread;
 use crate::ops::OwnerId;
+use crate::sync::this_thread;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -122,7 +122,8 @@ impl<'a> Batch<'a> {
     /// A page that just came home may still be held by the service thread that brought it. While this batch holds
     /// nothing it can wait for others without a deadlock, for a moment; what is locked afterwards is skipped.
     fn wait_for_others(&self) {
-        if self.mm.engine.is_service_thread() || self.mm.inflight.count_of_thread(this_thread()) > 1 {
+        if self.mm.engine.is_service_thread() || self.mm.inflight.count_of_thread(this_thread()) > 1
+        {
             return;
         }
         let deadline = Instant::now() + RANGE_DEADLINE;
@@ -141,11 +142,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Pages that must stay: pinned ones, the caller's arrays and stack.
-    fn blocked<'b>(
-        &self,
-        part: AddrRange,
-        keep: impl Iterator<Item = &'b AddrRange>,
-    ) -> SlotSet {
+    fn blocked<'b>(&self, part: AddrRange, keep: impl Iterator<Item = &'b AddrRange>) -> SlotSet {
         let mut blocked = SlotSet::default();
         let mut block = |range: AddrRange| {
             let Some(range) = range.intersect(part) else { return };
@@ -170,18 +167,20 @@ impl<'a> Batch<'a> {
         let want_system = select.contains(Select::SYSTEM) && self.vma.can_migrate();
         let want_device = select.contains(Select::DEVICE);
         let leaf = self.leaf(part.start())?;
-        let mut window = None;
+        let mut devices = LastFound::default();
         let _layout = self.mm.engine.layout().hold();
         let mut entries = leaf.lock();
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();
             let entry = entries[slot];
-            if blocked.contains(slot) || !is_candidate(entry, want_system, want_device) {
+            // Pinned pages do not leave, but they come home.
+            let want_system = want_system && !blocked.contains(slot);
+            if !is_candidate(entry, want_system, want_device) {
                 continue;
             }
             let held = match entry.place() {
-                Place::Device(page) if !owned_by(self.owner, page, &mut window) => continue,
+                Place::Device(page) if !self.may_take(page, &mut devices) => continue,
                 Place::Device(_) => Held::OnDevice,
                 _ => Held::Mapped,
             };
@@ -191,6 +190,11 @@ impl<'a> Batch<'a> {
             self.flight.hold(index);
         }
         Ok(())
+    }
+
+    fn may_take(&self, page: Pfn, devices: &mut LastFound) -> bool {
+        self.owner
+            .is_none_or(|owner| devices.find(page).is_some_and(|devmem| devmem.owner() == owner))
     }
 
     /// One block of frames for each leaf; without one, the leaf's pages stay.
@@ -283,13 +287,13 @@ impl<'a> Batch<'a> {
 
     /// After the copy: claims the destinations. From here on `src` tells what moves (promise 62).
     pub(super) fn decide(&mut self, src: &mut [MigratePfn], dst: &[MigratePfn]) {
-        let mut rejected = 0;
+        let (mut rejected, mut devices) = (0, LastFound::default());
         let mut list = Buffer::new(dst.len(), |_| Pfn::new(0));
         for index in 0..src.len() {
             if !src[index].migrates() {
                 continue;
             }
-            let fate = self.fate(index, dst[index]);
+            let fate = self.fate(index, dst[index], &mut devices);
             self.pages[index].fate = fate;
             if matches!(fate, Fate::Restore | Fate::Lost) {
                 src[index] = cleared(src[index]);
@@ -304,14 +308,14 @@ impl<'a> Batch<'a> {
         self.rejected = list.filter(|_| rejected > 0);
     }
 
-    fn fate(&self, index: usize, dst: MigratePfn) -> Fate {
+    fn fate(&self, index: usize, dst: MigratePfn, devices: &mut LastFound) -> Fate {
         let page = self.pages[index];
         if !self.flight.is_in_place(index) {
             return Fate::Restore;
         }
         match dst.pfn() {
             Some(target) if target.is_device() => {
-                if Devmem::find(target).is_some_and(|devmem| devmem.claim(target)) {
+                if devices.find(target).is_some_and(|devmem| devmem.claim(target)) {
                     Fate::ToDevice(target)
                 } else {
                     Fate::Restore
@@ -341,20 +345,4 @@ impl<'a> Batch<'a> {
         }
         true
     }
-}
-
-/// Whether a device page may be collected for `owner`; `window` remembers the last device looked at.
-fn owned_by(owner: Option<OwnerId>, page: Pfn, window: &mut Option<(Pfn, Pfn, bool)>) -> bool {
-    let Some(owner) = owner else { return true };
-    if let Some((first, last, owned)) = *window
-        && first <= page
-        && page < last
-    {
-        return owned;
-    }
-    Devmem::find(page).is_some_and(|devmem| {
-        let owned = devmem.owner() == owner;
-        *window = Some((devmem.pfn_first(), devmem.pfn_last(), owned));
-        owned
-    })
 }

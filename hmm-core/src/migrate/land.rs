@@ -2,7 +2,7 @@
 
 use super::batch::{Batch, Fate, Held};
 use crate::addr::{AddrRange, Pfn};
-use crate::devmem::Devmem;
+use crate::devmem::{Devmem, LastFound};
 use crate::engine::{Give, Stop};
 use crate::limits::{DEADLINE, MOVE_MINIMUM};
 use crate::mm::page_table::{Entry, Place};
@@ -26,13 +26,14 @@ impl Batch<'_> {
     fn land_all(&mut self) {
         let strays = self.settle_without_contents();
         self.give_contents();
-        self.mm.engine.wake(self.range);
         self.return_frames();
         self.mm.inflight.remove(&self.flight);
         if strays {
             self.invalidate_again();
         }
         self.put_pages();
+        // Last of all: whoever waited runs on this core as soon as this thread sleeps, and finds no lock held.
+        self.mm.engine.wake(self.range);
     }
 
     /// Installs every page that needs no contents in system memory. True when the driver was told of a success that
@@ -210,8 +211,7 @@ impl Batch<'_> {
     }
 
     fn invalidate_again(&self) {
-        let update =
-            Invalidation { range: self.range, event: InvalidateEvent::Unmap, owner: None };
+        let update = Invalidation { range: self.range, event: InvalidateEvent::Unmap, owner: None };
         let invalidating = self.mm.notifiers.begin(update);
         self.mm.notifiers.call(&invalidating);
         self.mm.notifiers.end(invalidating);
@@ -220,6 +220,12 @@ impl Batch<'_> {
     /// Drops references, with no lock held: source pages whose contents are elsewhere now, claimed pages whose place
     /// is gone, and hands back destinations that were never claimed.
     fn put_pages(&mut self) {
+        let mut devices = LastFound::default();
+        let mut put = |page: Pfn| {
+            if let Some(devmem) = devices.find(page) {
+                devmem.put(page);
+            }
+        };
         for page in self.pages.iter_mut() {
             let fate = std::mem::replace(&mut page.fate, Fate::Restore);
             if fate == Fate::Restore {
@@ -233,16 +239,10 @@ impl Batch<'_> {
             }
         }
         for page in self.rejected.take().iter().flat_map(|list| list.iter()) {
-            if let Some(devmem) = Devmem::find(*page) {
+            if let Some(devmem) = devices.find(*page) {
                 devmem.reject(*page);
             }
         }
-    }
-}
-
-fn put(page: Pfn) {
-    if let Some(devmem) = Devmem::find(page) {
-        devmem.put(page);
     }
 }
 
@@ -254,11 +254,13 @@ impl Drop for Batch<'_> {
             self.mm.inflight.remove(&self.flight);
             return;
         }
-        for page in self.pages.iter_mut() {
-            if let Fate::ToDevice(target) = page.fate {
-                put(target);
+        for index in 0..self.pages.len() {
+            let fate = std::mem::replace(&mut self.pages[index].fate, Fate::Restore);
+            if let Fate::ToDevice(target) = fate
+                && let Some(devmem) = Devmem::find(target)
+            {
+                devmem.put(target);
             }
-            page.fate = Fate::Restore;
         }
         self.land_all();
     }

@@ -13,9 +13,10 @@ use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Select};
 use crate::limits::BATCH_LEAVES;
+use crate::mm::inflight::Flight;
 use crate::mm::{Mm, Vma};
-use crate::notifier::this_thread;
 use crate::ops::{MigrateOps, OwnerId};
+use crate::sync::this_thread;
 use batch::Batch;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -49,13 +50,15 @@ pub struct MigrateBatch<'a> {
     pub src: &'a [MigratePfn],
     /// Where the driver put it; all 0 at first.
     pub dst: &'a mut [MigratePfn],
+    flight: &'a Flight,
 }
 
 impl MigrateBatch<'_> {
     /// A destination for a device page that comes home: a frame, writable at `pfn.to_addr()` until the callbacks are
     /// over. `None` for pages that this batch does not bring home. (`hmm_vma_alloc_locked_page`.)
     pub fn alloc_system_page(&mut self, addr: VirtAddr) -> Option<Pfn> {
-        self.mm.alloc_system_page(addr)
+        let inside = self.range.contains(addr);
+        inside.then(|| self.flight.frame(self.range.index_of(addr))).flatten().map(Pfn::of_addr)
     }
 }
 
@@ -117,9 +120,10 @@ impl Mm {
         batch.describe(src);
         let candidates = src.iter().filter(|page| page.migrates()).count();
         if candidates > 0 {
-            ops.alloc_and_copy(&mut MigrateBatch { mm: self, vma, range, src, dst });
+            let flight = &*Arc::clone(&batch.flight);
+            ops.alloc_and_copy(&mut MigrateBatch { mm: self, vma, range, src, dst, flight });
             batch.decide(src, dst);
-            ops.finalize_and_map(&MigrateBatch { mm: self, vma, range, src, dst });
+            ops.finalize_and_map(&MigrateBatch { mm: self, vma, range, src, dst, flight });
         }
         batch.land();
         let moved = src.iter().filter(|page| page.migrates()).count();
@@ -127,7 +131,7 @@ impl Mm {
         Ok(())
     }
 
-    /// See [`MigrateBatch::alloc_system_page`]; finds the batch by the calling thread.
+    /// As [`MigrateBatch::alloc_system_page`], for C: finds the batch by the calling thread.
     pub fn alloc_system_page(&self, addr: VirtAddr) -> Option<Pfn> {
         let flight = self.inflight.of_thread(this_thread(), addr)?;
         flight.frame(flight.range.index_of(addr)).map(Pfn::of_addr)

@@ -19,11 +19,8 @@ impl Batch<'_> {
             return Ok(());
         }
         self.mm.stats.invalidations.fetch_add(1, Ordering::Relaxed);
-        let update = Invalidation {
-            range: self.range,
-            event: InvalidateEvent::Migrate,
-            owner: self.owner,
-        };
+        let update =
+            Invalidation { range: self.range, event: InvalidateEvent::Migrate, owner: self.owner };
         let invalidating = self.mm.notifiers.begin(update);
         self.mm.notifiers.call(&invalidating);
         let result = self.take_all();

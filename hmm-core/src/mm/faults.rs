@@ -43,6 +43,10 @@ impl FaultSink for Mm {
         self.complete_map_event(ticket);
     }
 
+    fn on_idle(&self) {
+        self.frames.trim(&*self.engine);
+    }
+
     fn on_own_memory(&self, range: AddrRange) {
         // A full pin table would leave this range unprotected; there is room for 4096.
         let _ = self.pins.insert(range);
@@ -120,10 +124,8 @@ impl Mm {
         match self.table.entry(fault.addr) {
             entry if entry.is_locked() => Resolution::Resolved,
             entry if entry.place() == Place::Device(page) => Resolution::Retry,
-            _ => {
-                self.engine.wake(AddrRange::page_of(fault.addr));
-                Resolution::Resolved
-            }
+            // The migration that brought it home landed after the toucher went to sleep, and woke it.
+            _ => Resolution::Resolved,
         }
     }
 
@@ -198,9 +200,14 @@ impl Mm {
                         Ok(()) => {}
                         Err(FaultError::SigBus) => {
                             self.lose_if_still(addr, page);
-                            return Err(Error::Lost { address: addr, what: "device cannot return it" });
+                            return Err(Error::Lost {
+                                address: addr,
+                                what: "device cannot return it",
+                            });
                         }
-                        Err(FaultError::OutOfMemory) => std::thread::sleep(Duration::from_millis(1)),
+                        Err(FaultError::OutOfMemory) => {
+                            std::thread::sleep(Duration::from_millis(1))
+                        }
                     }
                     if Instant::now() >= deadline {
                         let what = "the device's fault callback does not bring the page home";

@@ -3,9 +3,22 @@
 use super::Mm;
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
-use crate::notifier::this_thread;
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, this_thread};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
+
+/// How many forks lie between the first process of the family and this one.
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+/// Number of the process in its family: an mm of another generation belongs to an ancestor.
+pub(super) fn generation() -> u32 {
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// This process is a child that was forked a moment ago.
+pub(crate) fn next_generation() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+}
 
 /// Closed while a fork is under way: nothing leaves for a device.
 #[derive(Debug, Default)]

@@ -11,13 +11,13 @@ mod pins;
 pub(crate) mod vma;
 
 pub use access::Residency;
+pub(crate) use fork_gate::next_generation;
 pub use vma::{MmapLock, Vma};
 
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
 use crate::engine::{Engine, FaultSink};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
-use crate::fork;
 use crate::limits::DEADLINE;
 use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
@@ -83,7 +83,7 @@ impl Mm {
             closed: AtomicBool::new(false),
             close_lock: Mutex::new(()),
             gate: ForkGate::default(),
-            generation: fork::generation(),
+            generation: fork_gate::generation(),
             me: Weak::clone(me),
         });
         // In a Rust program the mm itself lies in the ordinary heap: it must not migrate.
@@ -124,7 +124,7 @@ impl Mm {
 
     /// Whether a fork lies between the opening and this process: the service threads are the parent's.
     pub(crate) fn is_inherited(&self) -> bool {
-        self.generation != fork::generation()
+        self.generation != fork_gate::generation()
     }
 
     /// `Gone` as soon as closing began: nothing new may leave for a device.
@@ -217,7 +217,9 @@ impl Mm {
     /// mm then stays open, and nothing is lost.
     pub fn close(&self) -> Result<()> {
         if self.engine.is_service_thread() || self.notifiers.in_callback() {
-            return Err(Error::Deadlock { what: "an mm cannot be closed from one of its callbacks" });
+            return Err(Error::Deadlock {
+                what: "an mm cannot be closed from one of its callbacks",
+            });
         }
         if self.is_inherited() {
             return Ok(());
@@ -285,7 +287,8 @@ impl Mm {
         const ABOVE: u64 = 64 << 20;
         let marker = 0_u8;
         let here = VirtAddr::from_ptr(&raw const marker).page().get();
-        let around = AddrRange::new(here.saturating_sub(BELOW), (here + ABOVE).min(USER_END)).ok()?;
+        let around =
+            AddrRange::new(here.saturating_sub(BELOW), (here + ABOVE).min(USER_END)).ok()?;
         if !around.overlaps(near) {
             return None;
         }

@@ -26,9 +26,10 @@ impl Pins {
 
     pub(crate) fn remove(&self, range: AddrRange) -> Result<()> {
         let mut pins = self.0.lock();
-        let at = pins.iter().position(|pin| *pin == range).ok_or_else(|| {
-            Error::invalid(range.start().get(), "this exact range is not pinned")
-        })?;
+        let at = pins
+            .iter()
+            .position(|pin| *pin == range)
+            .ok_or_else(|| Error::invalid(range.start().get(), "this exact range is not pinned"))?;
         pins.swap_remove(at);
         Ok(())
     }

@@ -78,12 +78,13 @@ impl Driver {
         let mut table = self.table.lock().unwrap();
         table.retain(|page, _| !range.contains(VirtAddr::new(*page)));
     }
+}
 
-    fn interrupt(&self) {
-        let interruption = self.interruption.lock().unwrap().take();
-        if let Some(happen) = interruption {
-            happen();
-        }
+/// Lets what waits there happen, once.
+pub(crate) fn happen(slot: &Mutex<Option<Interruption>>) {
+    let interruption = slot.lock().unwrap().take();
+    if let Some(happen) = interruption {
+        happen();
     }
 }
 
@@ -136,11 +137,7 @@ impl DevmemOps for Driver {
     }
 }
 
-fn migrate(
-    mm: &Arc<Mm>,
-    request: &MigrateRequest,
-    ops: &mut dyn MigrateOps,
-) -> Result<(), Error> {
+fn migrate(mm: &Arc<Mm>, request: &MigrateRequest, ops: &mut dyn MigrateOps) -> Result<(), Error> {
     let mut src = vec![MigratePfn::default(); request.range.pages()];
     let mut dst = src.clone();
     mm.migrate(request, ops, &mut src, &mut dst)
@@ -165,7 +162,7 @@ impl MigrateOps for ToSystem<'_> {
             write_frame(frame, &bytes);
             batch.dst[index] = MigratePfn::new(frame, MigrateFlags::LOCKED);
         }
-        self.driver.interrupt();
+        happen(&self.driver.interruption);
     }
     fn finalize_and_map(&mut self, batch: &MigrateBatch<'_>) {
         self.moved += batch.src.iter().filter(|src| src.migrates()).count();
@@ -206,10 +203,9 @@ impl MigrateOps for ToDevice<'_> {
             }
             let Some(bytes) = self.source(src) else { continue };
             let Some(page) = self.driver.allocate(&bytes) else { break };
-            batch.dst[index] =
-                MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
+            batch.dst[index] = MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
         }
-        self.driver.interrupt();
+        happen(&self.driver.interruption);
     }
 
     fn finalize_and_map(&mut self, batch: &MigrateBatch<'_>) {
@@ -342,7 +338,8 @@ impl Device {
                         return Ok(());
                     }
                     if mapped.page.is_device() {
-                        self.driver.breach(format!("the mirror maps {:?}, a free page", mapped.page));
+                        self.driver
+                            .breach(format!("the mirror maps {:?}, a free page", mapped.page));
                     }
                     table.remove(&page.get());
                 }

@@ -34,6 +34,8 @@ pub(crate) trait CpuMemory: Send + Sync {
     fn survives_bad_accesses(&self) -> bool;
     /// Puts the pages present in a range into a condition. False when that cannot be done here.
     fn set_condition(&self, range: AddrRange, condition: PageCondition) -> bool;
+    /// Nothing happens for a moment.
+    fn idle(&self);
     /// Sets what goes wrong. False when nothing can be made to.
     fn set_faults(&self, faults: ModelFaults) -> bool;
 }
@@ -79,6 +81,9 @@ impl CpuMemory for ModelEngine {
         ModelEngine::set_condition(self, range, condition);
         true
     }
+    fn idle(&self) {
+        ModelEngine::idle(self);
+    }
     fn set_faults(&self, faults: ModelFaults) -> bool {
         ModelEngine::set_faults(self, faults);
         true
@@ -102,7 +107,8 @@ impl RealMemory {
 static NEXT_AREA: AtomicU64 = AtomicU64::new(1 << 37);
 
 fn map_at(range: AddrRange) {
-    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+    let (protection, flags) =
+        (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
     let start = range.start().as_ptr().cast();
     // SAFETY: tests map only inside areas that they reserved, where nothing but their own test memory lies.
     unsafe { rustix::mm::mmap_anonymous(start, range.len() as usize, protection, flags) }.unwrap();
@@ -175,6 +181,7 @@ impl CpuMemory for RealMemory {
     fn set_condition(&self, _: AddrRange, _: PageCondition) -> bool {
         false
     }
+    fn idle(&self) {}
     fn set_faults(&self, _: ModelFaults) -> bool {
         false
     }

@@ -1,10 +1,11 @@
 //! What the tests of several engines share: the program's memory ([`memory`]), a driver with memory of its own
-//! ([`device`]), and a world of both that is compared with a plain map after each random step ([`world`], [`steps`]).
+//! ([`device`]), an engine that can be interrupted ([`interrupted`]), and a world of all that that is compared with a plain map after each random step ([`world`], [`steps`]).
 
 #![allow(dead_code, reason = "each test uses a part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may stop")]
 
 pub(crate) mod device;
+pub(crate) mod interrupted;
 pub(crate) mod memory;
 pub(crate) mod steps;
 pub(crate) mod world;

@@ -1,5 +1,6 @@
 //! Random steps of a [`World`](super::world::World): what the program, its devices and the library's callers do.
 
+use hmm_core::PAGE_SIZE;
 use hmm_core::engine::model::PageCondition;
 use proptest::prelude::*;
 
@@ -42,56 +43,169 @@ pub(crate) enum Change {
     Store(Bytes),
 }
 
+/// What can be interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verb {
+    Load { page: usize },
+    DeviceLoad { device: usize, page: usize },
+    Migrate { device: usize, span: Span },
+    Home { device: usize, span: Span },
+    Pull { device: usize, span: Span },
+    RangeFault { span: Span, owner: Option<usize>, write: bool },
+    MakePresent { span: Span, write: bool },
+    Pin(Span),
+}
+
 /// One step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Step {
     Change(Change),
     Load(Bytes),
-    Add { word: usize, value: u64 },
+    Add {
+        word: usize,
+        value: u64,
+    },
     SystemRead(Bytes),
     SystemWrite(Bytes),
-    DeviceLoad { device: usize, bytes: Bytes },
-    DeviceStore { device: usize, bytes: Bytes },
+    DeviceLoad {
+        device: usize,
+        bytes: Bytes,
+    },
+    DeviceStore {
+        device: usize,
+        bytes: Bytes,
+    },
     /// System pages go to a device, which leaves every `leave`-th.
-    Migrate { device: usize, span: Span, leave: usize },
+    Migrate {
+        device: usize,
+        span: Span,
+        leave: usize,
+    },
     /// A device's pages come home.
-    Home { device: usize, span: Span },
+    Home {
+        device: usize,
+        span: Span,
+    },
     /// A device takes what the other one has.
-    Pull { device: usize, span: Span },
+    Pull {
+        device: usize,
+        span: Span,
+    },
     /// The process changes its memory while a migration to (or from) a device is under way.
-    During { device: usize, span: Span, home: bool, change: Change },
-    Snapshot { span: Span, owner: Option<usize> },
-    RangeFault { span: Span, owner: Option<usize>, write: bool },
-    MakePresent { span: Span, write: bool },
+    During {
+        device: usize,
+        span: Span,
+        home: bool,
+        change: Change,
+    },
+    /// The process changes its memory while the library is at the `calls`-th call of its engine.
+    Interrupted {
+        calls: usize,
+        change: Change,
+        verb: Verb,
+    },
+    Snapshot {
+        span: Span,
+        owner: Option<usize>,
+    },
+    RangeFault {
+        span: Span,
+        owner: Option<usize>,
+        write: bool,
+    },
+    MakePresent {
+        span: Span,
+        write: bool,
+    },
     Pin(Span),
     Unpin,
-    FaultAround { device: usize, pages: usize },
-    Condition { span: Span, condition: PageCondition },
+    /// Nothing happens for a moment.
+    Idle,
+    FaultAround {
+        device: usize,
+        pages: usize,
+    },
+    Condition {
+        span: Span,
+        condition: PageCondition,
+    },
     Trouble(bool),
 }
 
+/// The whole area.
+const ALL: Span = Span { first: 0, count: PAGES };
+
+/// A page, half the time one of a few around the boundary: steps must meet to matter.
+fn page() -> impl Strategy<Value = usize> {
+    prop_oneof![2 => BOUNDARY - 6..BOUNDARY + 6, 1 => Just(0), 2 => 0..PAGES]
+}
+
 fn span() -> impl Strategy<Value = Span> {
-    let count = prop_oneof![6 => 1..=6_usize, 2 => 1..=PAGES, 2 => 64..=100_usize];
-    (0..PAGES, count).prop_map(|(first, count)| Span { first, count: count.min(PAGES - first) })
+    let count = prop_oneof![5 => 1..=8_usize, 2 => 1..=PAGES, 3 => 64..=100_usize];
+    (page(), count).prop_map(|(first, count)| Span { first, count: count.min(PAGES - first) })
 }
 
 fn bytes() -> impl Strategy<Value = Bytes> {
-    const SIZE: usize = PAGES * hmm_core::PAGE_SIZE;
-    let len = prop_oneof![4 => 1..=64_usize, 1 => 1..=3 * hmm_core::PAGE_SIZE];
-    (0..SIZE, len, any::<u8>())
-        .prop_map(|(at, len, seed)| Bytes { at, len: len.min(SIZE - at), seed })
+    let len = prop_oneof![4 => 1..=64_usize, 1 => 1..=3 * PAGE_SIZE];
+    (page(), 0..PAGE_SIZE, len, any::<u8>()).prop_map(|(page, offset, len, seed)| {
+        let at = page * PAGE_SIZE + offset;
+        Bytes { at, len: len.min(PAGES * PAGE_SIZE - at), seed }
+    })
 }
 
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
-        2 => span().prop_map(Change::Map),
-        2 => span().prop_map(Change::Unmap),
+        1 => span().prop_map(Change::Map),
+        2 => Just(Change::Map(ALL)),
+        3 => Just(Change::Protect { span: ALL, writable: true }),
+        1 => span().prop_map(Change::Unmap),
         2 => span().prop_map(Change::Drop),
-        3 => (span(), 0..PAGES).prop_map(|(from, to)| Change::Move { from, to }),
-        2 => (span(), any::<bool>())
+        3 => (span(), page()).prop_map(|(from, to)| Change::Move { from, to }),
+        1 => (span(), any::<bool>())
             .prop_map(|(span, writable)| Change::Protect { span, writable }),
         4 => bytes().prop_map(Change::Store),
     ]
+}
+
+/// A change of pages that lie in `span`.
+fn change_inside(span: Span) -> impl Strategy<Value = Change> {
+    let part = (span.pages(), 1..=span.count)
+        .prop_map(move |(first, count)| Span { first, count: count.min(span.pages().end - first) });
+    let bytes = (span.pages(), 0..PAGE_SIZE, any::<u8>()).prop_map(|(page, offset, seed)| Bytes {
+        at: page * PAGE_SIZE + offset,
+        len: 1,
+        seed,
+    });
+    (part, page(), bytes, 0..8_u8).prop_map(|(part, to, bytes, which)| match which {
+        0 => Change::Map(part),
+        1 => Change::Unmap(part),
+        2 => Change::Drop(part),
+        3 => Change::Protect { span: part, writable: false },
+        4 => Change::Move { from: part, to },
+        _ => Change::Store(bytes),
+    })
+}
+
+/// Something on `span` that can be interrupted.
+fn verb(span: Span) -> impl Strategy<Value = Verb> {
+    let some = (span.pages(), 0..DEVICES, proptest::option::of(0..DEVICES), any::<bool>());
+    (some, 0..12_u8).prop_map(move |((page, device, owner, write), which)| match which {
+        0..3 => Verb::Load { page },
+        3 => Verb::DeviceLoad { device, page },
+        4..7 => Verb::Migrate { device, span },
+        7 => Verb::Home { device, span },
+        8 => Verb::Pull { device, span },
+        9 => Verb::RangeFault { span, owner, write },
+        10 => Verb::MakePresent { span, write },
+        _ => Verb::Pin(span),
+    })
+}
+
+fn interrupted() -> impl Strategy<Value = Step> {
+    span().prop_flat_map(|span| {
+        (0..24_usize, change_inside(span), verb(span))
+            .prop_map(|(calls, change, verb)| Step::Interrupted { calls, change, verb })
+    })
 }
 
 fn migration() -> impl Strategy<Value = Step> {
@@ -102,8 +216,13 @@ fn migration() -> impl Strategy<Value = Step> {
             .prop_map(|(device, span, leave)| Step::Migrate { device, span, leave }),
         2 => (device(), span()).prop_map(|(device, span)| Step::Home { device, span }),
         1 => (device(), span()).prop_map(|(device, span)| Step::Pull { device, span }),
-        3 => (device(), span(), any::<bool>(), change())
+        5 => interrupted(),
+        2 => (device(), span(), any::<bool>(), change())
             .prop_map(|(device, span, home, change)| Step::During { device, span, home, change }),
+        3 => (device(), span(), any::<bool>()).prop_flat_map(|(device, span, home)| {
+            change_inside(span)
+                .prop_map(move |change| Step::During { device, span, home, change })
+        }),
     ]
 }
 
@@ -130,16 +249,17 @@ fn condition() -> impl Strategy<Value = Step> {
 fn step() -> impl Strategy<Value = Step> {
     let device = || 0..DEVICES;
     prop_oneof![
-        8 => migration(),
+        12 => migration(),
         6 => change().prop_map(Step::Change),
         2 => bytes().prop_map(Step::Load),
-        1 => (0..PAGES * 512, any::<u64>()).prop_map(|(word, value)| Step::Add { word, value }),
+        1 => (page(), 0..512_usize, any::<u64>())
+            .prop_map(|(page, word, value)| Step::Add { word: page * 512 + word, value }),
         1 => bytes().prop_map(Step::SystemRead),
         1 => bytes().prop_map(Step::SystemWrite),
         2 => (device(), bytes()).prop_map(|(device, bytes)| Step::DeviceLoad { device, bytes }),
         3 => (device(), bytes()).prop_map(|(device, bytes)| Step::DeviceStore { device, bytes }),
         3 => look(),
-        1 => prop_oneof![span().prop_map(Step::Pin), Just(Step::Unpin)],
+        1 => prop_oneof![span().prop_map(Step::Pin), Just(Step::Unpin), Just(Step::Idle)],
         1 => (device(), 1..20_usize)
             .prop_map(|(device, pages)| Step::FaultAround { device, pages }),
         1 => condition(),
@@ -157,7 +277,7 @@ impl std::fmt::Debug for Sequence {
     }
 }
 
-/// A sequence of up to `longest` steps.
+/// A sequence of at most `longest` steps.
 pub(crate) fn sequences(longest: usize) -> impl Strategy<Value = Sequence> {
     proptest::collection::vec(step(), 1..=longest).prop_map(Sequence)
 }

@@ -15,8 +15,10 @@ use tally::Tally;
 
 /// One Rust test takes no longer.
 const TEST_LIMIT: Duration = Duration::from_secs(60);
-/// A test with `stress` in its name takes no longer.
-const STRESS_LIMIT: Duration = Duration::from_secs(240);
+/// A test with one of these words in its name may take longer: it works through many random cases.
+const LONG: [&str; 2] = ["stress", "properties"];
+/// A long test takes no longer.
+const LONG_LIMIT: Duration = Duration::from_secs(240);
 /// The suites, in the order in which they run.
 const SUITES: [&str; 5] = ["rust", "examples", "doc", "c", "python"];
 
@@ -73,7 +75,8 @@ impl Options {
     }
 
     fn limit_of(&self, name: &str) -> Duration {
-        let usual = if name.contains("stress") { STRESS_LIMIT } else { TEST_LIMIT };
+        let usual =
+            if LONG.iter().any(|word| name.contains(word)) { LONG_LIMIT } else { TEST_LIMIT };
         self.limit.unwrap_or(usual)
     }
 }

@@ -94,15 +94,12 @@ impl ModelEngine {
         contents.is_some()
     }
 
-    /// Changes the state, then wakes whoever waits for the pages that were done.
-    fn mutate(&self, range: AddrRange, change: impl FnOnce(&mut State) -> Progress) -> Progress {
-        let mut state = self.state.lock();
-        let progress = change(&mut state);
-        if progress.pages > 0 {
-            state.wake(range.sub(0, progress.pages));
-            self.touched.notify_all();
+    /// Tells the sink that nothing happened for a moment; the model has no clock.
+    pub fn idle(&self) {
+        let sink = self.state.lock().sink.clone();
+        if let Some(sink) = sink {
+            sink.on_idle();
         }
-        progress
     }
 }
 
@@ -171,16 +168,19 @@ impl Engine for ModelEngine {
     }
 
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
-        // Nobody can wait for a page that is there, so that nobody needs waking; holes still have their waiters.
         self.state.lock().take(range, frame)
     }
 
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {
-        self.mutate(range, |state| state.give(range, frame, how))
+        self.state.lock().give(range, frame, how)
     }
 
     fn zero(&self, page: VirtAddr, write: bool) -> Progress {
-        self.mutate(AddrRange::page_of(page), |state| state.zero(page, write))
+        let progress = self.state.lock().zero(page, write);
+        if progress.pages > 0 {
+            self.wake_range(AddrRange::page_of(page));
+        }
+        progress
     }
 
     fn wake(&self, range: AddrRange) {
@@ -228,7 +228,11 @@ impl Engine for ModelEngine {
 
     fn fill_frame(&self, frame: VirtAddr) -> bool {
         let mut state = self.state.lock();
-        !state.chaos.out_of_memory() && state.frames.fill(frame, &[0; PAGE_SIZE], Present::Page)
+        if state.chaos.out_of_memory() {
+            return false;
+        }
+        state.frames.fill(frame, &[0; PAGE_SIZE], Present::Page)
+            || state.frames.present(frame).is_some()
     }
 
     fn empty_frames(&self, frames: AddrRange) {

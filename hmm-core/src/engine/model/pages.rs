@@ -109,7 +109,7 @@ impl State {
         Stop::Done
     }
 
-    /// See [`crate::engine::Engine::give`]; the caller wakes whoever waits for the pages done.
+    /// See [`crate::engine::Engine::give`].
     pub(super) fn give(&mut self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {
         let verb = if how == Give::Move { Verb::Move } else { Verb::Fill };
         let verdict = self.chaos.judge(verb, range.pages());
@@ -117,8 +117,7 @@ impl State {
     }
 
     fn give_page(&mut self, page: VirtAddr, frame: VirtAddr, how: Give) -> Stop {
-        let allowed = if how == Give::Move { self.may_move(page) } else { self.may_change(page) };
-        if !allowed {
+        if !self.may_change(page) {
             return Stop::Refused;
         }
         if self.pages.contains_key(&page.get()) {
@@ -130,7 +129,8 @@ impl State {
         }
         let Some(bytes) = self.frames.copy_out(frame) else { return Stop::Refused };
         self.pages.insert(page.get(), Slot::Page(bytes, PageCondition::Ordinary));
-        if how == Give::Move {
+        // What cannot be moved into any more (it became read-only) is copied into: the frame keeps its page.
+        if how == Give::Move && self.may_move(page) {
             self.frames.moved_out(frame);
         }
         Stop::Done

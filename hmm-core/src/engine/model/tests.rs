@@ -43,7 +43,11 @@ impl FaultSink for Recorder {
         let _still = engine.layout().hold();
         let page = AddrRange::page_of(fault.addr);
         let progress = match *self.answer.lock().unwrap() {
-            Answer::Give(frame) => engine.give(page, frame, Give::Move),
+            Answer::Give(frame) => {
+                let progress = engine.give(page, frame, Give::Move);
+                engine.wake(page);
+                progress
+            }
             Answer::Zero => engine.zero(fault.addr, fault.write),
             Answer::Park => return Resolution::Resolved,
         };
@@ -57,6 +61,7 @@ impl FaultSink for Recorder {
         self.events.lock().unwrap().push(event);
         MapTicket(self.events.lock().unwrap().len())
     }
+    fn on_idle(&self) {}
     fn on_own_memory(&self, _: AddrRange) {}
     fn finish_map_event(&self, _: MapTicket) {
         let engine = self.engine.get().unwrap().upgrade().unwrap();
@@ -133,12 +138,13 @@ fn taken_contents_come_back_at_the_touch() {
     let faults = sink.faults.lock().unwrap().clone();
     assert_eq!(faults.len(), 1);
     assert_eq!((faults[0].addr, faults[0].write), (range.start(), false));
-    assert!(engine.fill_frame(frames.start()), "the frame was moved away");
-    assert!(!engine.fill_frame(frames.start()));
+    assert_eq!(engine.take(range.sub(0, 1), frames.start()).stop, Stop::Done, "it was moved away");
+    assert!(engine.fill_frame(frames.start()), "it has a page already");
+    assert!(!engine.fill_frame(frames.end()), "that is no frame");
 }
 
 #[test]
-fn only_copies_reach_a_mapping_that_is_not_writable() {
+fn what_is_not_writable_is_copied_into_and_not_taken_from() {
     let engine = ModelEngine::new(ModelConfig::default());
     let range = mapped(&engine, 2);
     let frames = engine.reserve_frames(LEAF_SIZE).unwrap();
@@ -146,8 +152,10 @@ fn only_copies_reach_a_mapping_that_is_not_writable() {
     assert_eq!(engine.take(range.sub(0, 1), frames.start()).stop, Stop::Done);
     engine.mprotect(range, Protection::READ).unwrap();
     let page = range.sub(0, 1);
-    assert_eq!(engine.give(page, frames.start(), Give::Move).stop, Stop::Refused);
-    assert_eq!(engine.give(page, frames.start(), Give::Copy).stop, Stop::Done);
+    assert_eq!(engine.give(page, frames.start(), Give::Move).stop, Stop::Done);
+    let mut held = Present::None;
+    engine.scan(frames.sub(0, 1), &mut |_, present| held = present).unwrap();
+    assert_eq!(held, Present::Page, "it was copied: the frame has its page still");
     assert_eq!(engine.take(page, frames.page_at(1)).stop, Stop::Refused);
     let mut out = [0; PAGE_SIZE];
     assert!(engine.inspect(range.start(), &mut out) && out.starts_with(b"payload"));

@@ -23,6 +23,7 @@ pub(super) mod feature {
 
 pub(super) const REGISTER_MISSING: u64 = 1 << 0;
 pub(super) const REGISTER_WP: u64 = 1 << 1;
+pub(super) const DONT_WAKE: u64 = 1 << 0;
 pub(super) const MOVE_ALLOW_SRC_HOLES: u64 = 1 << 1;
 pub(super) const FAULT_WRITE: u64 = 1 << 0;
 

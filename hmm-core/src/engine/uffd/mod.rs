@@ -11,16 +11,14 @@ mod open;
 mod service;
 mod watch;
 
-use super::{
-    Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch,
-};
+use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch};
 use crate::addr::{AddrRange, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, VirtAddr};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
 use crate::limits::DEADLINE;
+use crate::sync::Mutex;
 use abi::{Fill, Range, Register, Transfer, feature};
 use kernel_view::KernelView;
-use crate::sync::Mutex;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -28,12 +26,14 @@ use service::Service;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// A page of zeros to copy from.
-#[repr(C, align(4096))]
-struct ZeroPage([u8; PAGE_SIZE]);
-static ZEROS: ZeroPage = ZeroPage([0; PAGE_SIZE]);
+const ZERO_PAGES: usize = 16;
 
-impl ZeroPage {
+/// Pages of zeros to copy from.
+#[repr(C, align(4096))]
+struct ZeroPages([u8; ZERO_PAGES * PAGE_SIZE]);
+static ZEROS: ZeroPages = ZeroPages([0; ZERO_PAGES * PAGE_SIZE]);
+
+impl ZeroPages {
     fn address(&self) -> VirtAddr {
         VirtAddr::from_ptr(self.0.as_ptr())
     }
@@ -68,7 +68,9 @@ impl UffdEngine {
     /// instead of reaching a stranger's descriptor.
     fn close_descriptor(&self) {
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
-        let Ok(null) = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty()) else { return };
+        let Ok(null) = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty()) else {
+            return;
+        };
         // SAFETY: both numbers are open descriptors; this engine owns the replaced one.
         unsafe { libc::dup3(null.as_raw_fd(), self.descriptor.as_raw_fd(), libc::O_CLOEXEC) };
     }
@@ -78,7 +80,7 @@ impl UffdEngine {
             destination: to.get(),
             source: from.get(),
             len: (pages as u64) << PAGE_SHIFT,
-            mode: abi::MOVE_ALLOW_SRC_HOLES,
+            mode: abi::MOVE_ALLOW_SRC_HOLES | abi::DONT_WAKE,
             done: 0,
         };
         let result = abi::move_pages(&*self.descriptor, &mut request);
@@ -92,16 +94,17 @@ impl UffdEngine {
             return None;
         }
         let mapping = self.view.mapping_at(range.start()).ok()??;
-        let piece = mapping.range.intersect(range).filter(|piece| piece.start() == range.start())?;
+        let piece =
+            mapping.range.intersect(range).filter(|piece| piece.start() == range.start())?;
         (piece.pages() < range.pages()).then(|| piece.pages())
     }
 
-    fn copy_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {
+    fn copy_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize, mode: u64) -> Progress {
         let mut request = Transfer {
             destination: to.get(),
             source: from.get(),
             len: (pages as u64) << PAGE_SHIFT,
-            mode: 0,
+            mode,
             done: 0,
         };
         let result = abi::copy(&*self.descriptor, &mut request);
@@ -150,9 +153,8 @@ impl Engine for UffdEngine {
         self.close_descriptor();
         for area in self.frame_areas.lock().drain(..) {
             // SAFETY: the area is a mapping of `reserve_frames`, and no migration is under way any more.
-            let _ = unsafe {
-                rustix::mm::munmap(area.start().as_ptr().cast(), area.len() as usize)
-            };
+            let _ =
+                unsafe { rustix::mm::munmap(area.start().as_ptr().cast(), area.len() as usize) };
         }
     }
 
@@ -214,14 +216,14 @@ impl Engine for UffdEngine {
         let to = range.start();
         let progress = match how {
             Give::Move => self.move_pages(to, frame, range.pages()),
-            Give::Copy => self.copy_pages(to, frame, range.pages()),
+            Give::Copy => self.copy_pages(to, frame, range.pages(), abi::DONT_WAKE),
         };
         match (self.first_piece(range, &progress), how) {
             (Some(pages), Give::Move) => self.move_pages(to, frame, pages),
-            (Some(pages), Give::Copy) => self.copy_pages(to, frame, pages),
+            (Some(pages), Give::Copy) => self.copy_pages(to, frame, pages, abi::DONT_WAKE),
             // A vma that became read-only or locked cannot be moved into, but it can be copied into.
             (None, Give::Move) if progress.stop == Stop::Refused && progress.pages == 0 => {
-                self.copy_pages(to, frame, range.pages())
+                self.copy_pages(to, frame, range.pages(), abi::DONT_WAKE)
             }
             _ => progress,
         }
@@ -230,7 +232,7 @@ impl Engine for UffdEngine {
     fn zero(&self, page: VirtAddr, write: bool) -> Progress {
         if write {
             // A page of its own at once; the shared zero page would fault a second time.
-            return self.copy_pages(page, ZEROS.address(), 1);
+            return self.copy_pages(page, ZEROS.address(), 1, 0);
         }
         let mut request = Fill { range: raw(AddrRange::page_of(page)), mode: 0, done: 0 };
         let result = abi::zero_page(&*self.descriptor, &mut request);
@@ -295,15 +297,25 @@ impl Engine for UffdEngine {
     }
 
     fn fill_frame(&self, frame: VirtAddr) -> bool {
+        self.fill_frames(AddrRange::page_of(frame)) == 1
+    }
+
+    fn fill_frames(&self, frames: AddrRange) -> usize {
         let deadline = Instant::now() + DEADLINE;
-        loop {
-            let zeros = ZEROS.address();
-            match self.copy_pages(frame, zeros, 1).stop {
-                Stop::Done | Stop::Exists => return true,
+        let mut done = 0;
+        while done < frames.pages() {
+            let count = (frames.pages() - done).min(ZERO_PAGES);
+            let to = frames.page_at(done);
+            let progress = self.copy_pages(to, ZEROS.address(), count, abi::DONT_WAKE);
+            done += progress.pages;
+            match progress.stop {
+                Stop::Done => {}
+                Stop::Exists => done += 1,
                 Stop::Retry if Instant::now() < deadline => self.drain(),
-                _ => return false,
+                _ => break,
             }
         }
+        done
     }
 
     fn empty_frames(&self, frames: AddrRange) {

@@ -29,7 +29,9 @@ pub(super) fn open() -> Result<(OwnedFd, u64)> {
     for (bits, name) in REQUIRED {
         if offered & bits != bits {
             return Err(Error::Unsupported {
-                what: format!("userfaultfd of this kernel lacks {name}; a kernel from 6.8 on has all"),
+                what: format!(
+                    "userfaultfd of this kernel lacks {name}; a kernel from 6.8 on has all"
+                ),
             });
         }
         features |= bits;

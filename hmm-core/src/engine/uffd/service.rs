@@ -9,8 +9,7 @@ use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution};
 use crate::error::{Error, Result};
 use crate::limits::{EVENT_BATCH, STUCK};
-use crate::notifier::this_thread;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,6 +21,8 @@ const THREADS: usize = 1024;
 const STACK: usize = 512 << 10;
 /// A fault that needs other events to be read first is tried again so often before it is woken to fault anew.
 const TRIES: usize = 64;
+/// Looks at a taken lock before a thread queues for it.
+const MISSES: usize = 64;
 
 /// The threads and what they share.
 #[derive(Debug)]
@@ -177,6 +178,7 @@ impl Shared {
     }
 
     fn serve(&self, work: &Work) {
+        let mut missed = 0;
         loop {
             let mut waiting = [
                 PollFd::new(&*self.descriptor, PollFlags::IN),
@@ -188,7 +190,19 @@ impl Shared {
             if !waiting[1].revents().is_empty() {
                 return;
             }
-            self.read_and_answer(work);
+            // Every thread is woken for every fault, and most come too late. Queueing for the lock would make the one
+            // that answers wait for them; so they look again, and queue only when the lock stays taken.
+            let changing = match self.layout.try_change() {
+                None if missed < MISSES => {
+                    missed += 1;
+                    std::thread::yield_now();
+                    continue;
+                }
+                None => self.layout.change(),
+                Some(changing) => changing,
+            };
+            missed = 0;
+            self.read_and_answer(work, changing);
         }
     }
 
@@ -210,6 +224,8 @@ impl Shared {
             }
             if stuck.count == number {
                 self.read_for_stuck_threads();
+            } else if let Some(sink) = self.sink.read().clone() {
+                sink.on_idle();
             }
         }
     }
@@ -230,7 +246,7 @@ impl Shared {
         let sink = self.sink.read().clone();
         let Some(sink) = sink else { return };
         let mut messages = [Message::default(); EVENT_BATCH];
-        let count = self.read_and_apply(&*sink, &mut messages);
+        let count = self.read_and_apply(&*sink, &mut messages, self.layout.change());
         for message in &messages[..count] {
             if message.event == abi::EVENT_PAGEFAULT {
                 let fault = self.fault(message);
@@ -243,11 +259,11 @@ impl Shared {
         }
     }
 
-    fn read_and_answer(&self, work: &Work) {
+    fn read_and_answer(&self, work: &Work, changing: RwLockWriteGuard<'_, ()>) {
         let sink = self.sink.read().clone();
         let Some(sink) = sink else { return };
         let mut messages = [Message::default(); EVENT_BATCH];
-        let count = self.read_and_apply(&*sink, &mut messages);
+        let count = self.read_and_apply(&*sink, &mut messages, changing);
         for message in &messages[..count] {
             if message.event == abi::EVENT_PAGEFAULT {
                 let fault = self.fault(message);
@@ -267,9 +283,9 @@ impl Shared {
         &self,
         sink: &dyn FaultSink,
         messages: &mut [Message; EVENT_BATCH],
+        changing: RwLockWriteGuard<'_, ()>,
     ) -> usize {
         let mut tickets: [Option<MapTicket>; EVENT_BATCH] = [const { None }; EVENT_BATCH];
-        let changing = self.layout.change();
         let count = self.read(messages);
         for (message, ticket) in messages[..count].iter().zip(&mut tickets) {
             *ticket = map_event(message).map(|event| sink.on_map_event(event));
@@ -316,7 +332,7 @@ impl Shared {
         let sink = self.sink.read().clone();
         let Some(sink) = sink else { return };
         let mut messages = [Message::default(); EVENT_BATCH];
-        let count = self.read_and_apply(&*sink, &mut messages);
+        let count = self.read_and_apply(&*sink, &mut messages, self.layout.change());
         for message in &messages[..count] {
             if message.event == abi::EVENT_PAGEFAULT {
                 self.wake(VirtAddr::new(message.argument[1]));

@@ -2,19 +2,15 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 const API: libc::c_ulong = 0xc018_aa3f;
 const REGISTER: libc::c_ulong = 0xc020_aa00;
 const COPY: libc::c_ulong = 0xc028_aa03;
 const PAGE: u64 = 4096;
 
-/// A range whose absent pages are filled from one buffer by a thread on each core.
+/// Threads that fill absent pages of registered ranges from one buffer. They serve until the process ends.
 pub(crate) struct BareLoop {
-    stop: Arc<AtomicBool>,
     descriptor: Arc<OwnedFd>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 fn ioctl<T>(descriptor: &OwnedFd, number: libc::c_ulong, request: &mut T) -> i32 {
@@ -32,42 +28,32 @@ fn pin_to(cpu: usize) {
 }
 
 impl BareLoop {
-    pub(crate) fn new(addr: u64, len: u64) -> Self {
+    pub(crate) fn new() -> Self {
         // SAFETY: the call has no pointers; the result is checked.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         assert!(fd >= 0, "userfaultfd is refused");
         // SAFETY: a new descriptor that nobody else owns.
         let descriptor = Arc::new(unsafe { OwnedFd::from_raw_fd(fd as i32) });
         assert_eq!(ioctl(&descriptor, API, &mut [0xaa_u64, 0, 0]), 0);
-        assert_eq!(ioctl(&descriptor, REGISTER, &mut [addr, len, 1, 0]), 0);
-        let stop = Arc::new(AtomicBool::new(false));
-        let cpus = std::thread::available_parallelism().unwrap().get();
-        let threads = (0..cpus)
-            .map(|cpu| {
-                let (stop, descriptor) = (Arc::clone(&stop), Arc::clone(&descriptor));
-                std::thread::spawn(move || serve(cpu, &descriptor, &stop))
-            })
-            .collect();
-        Self { stop, descriptor, threads }
+        for cpu in 0..std::thread::available_parallelism().unwrap().get() {
+            let descriptor = Arc::clone(&descriptor);
+            std::thread::spawn(move || serve(cpu, &descriptor));
+        }
+        Self { descriptor }
     }
 
-    /// `touch` must touch an absent page: the threads sit in `read`, and see the flag after their next fault.
-    pub(crate) fn stop(self, mut touch: impl FnMut()) {
-        self.stop.store(true, Ordering::Relaxed);
-        while self.threads.iter().any(|thread| !thread.is_finished()) {
-            touch();
-        }
-        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
-        drop(self.descriptor);
+    /// From now on the absent pages of the range are served; unmapping it ends that.
+    pub(crate) fn register(&self, addr: u64, len: u64) {
+        assert_eq!(ioctl(&self.descriptor, REGISTER, &mut [addr, len, 1, 0]), 0);
     }
 }
 
-fn serve(cpu: usize, descriptor: &OwnedFd, stop: &AtomicBool) {
+fn serve(cpu: usize, descriptor: &OwnedFd) {
     #[repr(align(4096))]
     struct Page([u8; 4096]);
     pin_to(cpu);
     let source = Page([7; 4096]);
-    while !stop.load(Ordering::Relaxed) {
+    loop {
         let mut message = [0_u64; 4];
         // SAFETY: the buffer has room for one message of 32 bytes.
         let count = unsafe {

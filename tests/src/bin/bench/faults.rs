@@ -26,17 +26,10 @@ fn touch_all(region: &Region, write: bool) -> f64 {
     median(times)
 }
 
-fn bare() -> f64 {
-    let region = Region::new(PAGES + 64);
-    let served = BareLoop::new(region.addr(), region.len() as u64);
-    let time = touch_all(&region, false);
-    let mut next = PAGES;
-    served.stop(|| {
-        region.word(next * 512).load(std::sync::atomic::Ordering::Relaxed);
-        next += 1;
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    });
-    time
+fn bare(served: &BareLoop) -> f64 {
+    let region = Region::new(PAGES);
+    served.register(region.addr(), region.len() as u64);
+    touch_all(&region, false)
 }
 
 fn native() -> f64 {
@@ -52,12 +45,13 @@ pub(crate) fn measure() -> Vec<Figure> {
     let mm = Mm::current().unwrap();
     let config = SoftConfig { fault_around: 1, ..SoftConfig::default() };
     let device = SoftDevice::new(&mm, config).unwrap();
+    let served = BareLoop::new();
     let region = Region::new(PAGES);
     region.fill(3);
     let mut against_bare = Figure::new("fault_p50", "ns, against a bare uffd loop");
     let mut against_native = Figure::new("fault_p50_native", "ns, against a native first touch");
     for _ in 0..ROUNDS {
-        let (ours, bare, native) = (ours(&device, &region), bare(), native());
+        let (ours, bare, native) = (ours(&device, &region), bare(&served), native());
         against_bare.add(ours, bare);
         against_native.add(ours, native);
     }

@@ -3,7 +3,11 @@
 //! Prints a table and writes `target/bench.json`: a list of `{name, unit, ours, baseline, ratio}`. Figures are medians
 //! over rounds in which ours and the baseline take turns; the ratio is the median of each round's ratio, so that a
 //! noisy neighbour hits both.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark that cannot run may stop")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a benchmark that cannot run may stop"
+)]
 
 mod bare;
 mod faults;

@@ -1,0 +1,88 @@
+//! What must hold after every step.
+
+use super::{Check, World};
+use crate::support::device::Device;
+use crate::support::steps::PAGES;
+use hmm_core::{PAGE_SIZE, Residency, VirtAddr};
+
+impl World {
+    pub(super) fn residency(&self) -> Result<Vec<Residency>, String> {
+        let mut residency = vec![Residency::Unmapped; PAGES];
+        self.mm
+            .residency(self.area, &mut residency)
+            .map_err(|error| format!("residency: {error}"))?;
+        Ok(residency)
+    }
+
+    pub(super) fn compare(&self, page: usize, at: usize, found: &[u8], by: &str) -> Check {
+        let Some(expected) = self.expected.get(&page) else {
+            return Err(format!("page {page} is not mapped, and {by} found something"));
+        };
+        let expected = &expected.bytes[at..at + found.len()];
+        if found == expected {
+            return Ok(());
+        }
+        let wrong = found.iter().zip(expected).take_while(|(is, must)| is == must).count();
+        let (is, must) = (found[wrong], expected[wrong]);
+        Err(format!("page {page} byte {}: {by} found {is:#x} instead of {must:#x}", at + wrong))
+    }
+
+    /// Every byte, where it is now, without moving anything; mirrors and counters agree.
+    pub(super) fn check(&self) -> Check {
+        let residency = self.residency()?;
+        for (page, place) in residency.iter().enumerate() {
+            self.check_page(page, *place)?;
+        }
+        let on_devices =
+            residency.iter().filter(|place| matches!(place, Residency::Device(_))).count();
+        let in_use: usize = self.devices.iter().map(Device::pages_in_use).sum();
+        ensure!(
+            in_use == on_devices,
+            "{in_use} device pages in use, {on_devices} pages on devices"
+        );
+        let counted = self.mm.counters().device_pages;
+        ensure!(counted == on_devices as u64, "{counted} device pages counted, {on_devices} there");
+        self.check_mirrors(&residency)
+    }
+
+    pub(super) fn check_page(&self, page: usize, place: Residency) -> Check {
+        let mapped = self.expected.contains_key(&page);
+        let mut bytes = Box::new([0; PAGE_SIZE]);
+        match place {
+            Residency::Unmapped => {
+                ensure!(!mapped, "page {page} is mapped, and residency says it is not");
+                return Ok(());
+            }
+            Residency::None => {}
+            Residency::System => {
+                let there = self.memory.inspect(&self.mm, self.area.page_at(page), &mut bytes);
+                ensure!(there, "page {page} is said to be in system memory, and is not there");
+            }
+            Residency::Device(pfn) => {
+                let found = self.devices.iter().find_map(|device| device.driver.contents(pfn));
+                bytes = found.ok_or_else(|| format!("page {page} is on {pfn:?}, which is free"))?;
+            }
+            other => return Err(format!("page {page} is {other:?}")),
+        }
+        self.compare(page, 0, &*bytes, &format!("the check ({place:?})"))
+    }
+
+    /// What a device's page table maps is where it says.
+    pub(super) fn check_mirrors(&self, residency: &[Residency]) -> Check {
+        for (number, device) in self.devices.iter().enumerate() {
+            for (address, mapped) in device.mirrored() {
+                let page = self.area.index_of(VirtAddr::new(address));
+                let place = residency[page];
+                let right = match place {
+                    Residency::Device(pfn) => pfn == mapped.page,
+                    Residency::System => mapped.page.to_addr() == Some(VirtAddr::new(address)),
+                    _ => false,
+                };
+                ensure!(right, "device {number} maps page {page} as {mapped:?}: it is {place:?}");
+            }
+            let breaches = device.breaches();
+            ensure!(breaches.is_empty(), "device {number}: {}", breaches.join("; "));
+        }
+        Ok(())
+    }
+}

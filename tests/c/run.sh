@@ -1,0 +1,97 @@
+#!/bin/bash
+# Builds and runs the tests of the C face: the header in every language version, then each test program under a time limit.
+# TAP lines come first, the last line is "N passed, N failed".
+#
+#   CARGO_TARGET_DIR  where cargo builds (default: target); the library is taken from its folder capi
+#   CC, CXX           compilers (default: gcc, g++)
+#   TIME_LIMIT        seconds for one program (default: 60)
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+
+target=${CARGO_TARGET_DIR:-target}
+lib=$target/capi
+out=$target/tests-c
+cc=${CC:-gcc}
+cxx=${CXX:-g++}
+limit=${TIME_LIMIT:-60}
+warnings=(-Wall -Wextra -Wpedantic -Wconversion -Wno-sign-conversion -Wshadow -Wstrict-prototypes -Werror)
+# What a static Rust library needs (rustc --print native-static-libs).
+static_needs=(-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc)
+passed=0
+failed=0
+
+# report NAME STATUS: one TAP line for a test of this script.
+report() {
+	if [ "$2" -eq 0 ]; then
+		passed=$((passed + 1))
+		echo "ok - $1"
+	else
+		failed=$((failed + 1))
+		echo "not ok - $1"
+	fi
+}
+
+# compile NAME OUTPUT ARGUMENT...: quiet when all is well.
+compile() {
+	local name=$1 output=$2
+	shift 2
+	"$cc" -std=gnu11 -D_GNU_SOURCE -O1 -g "${warnings[@]}" -Iinclude -Itests/c -o "$output" "$@" && return 0
+	report "$name compiles" 1
+	return 1
+}
+
+# run NAME PROGRAM: counts the TAP lines of a program, which must end by itself and announce as many as it prints.
+run() {
+	local name=$1 program=$2 output status lines planned
+	output=$(timeout --signal=KILL "$limit" "$program" 2>&1)
+	status=$?
+	echo "# $name"
+	echo "$output"
+	lines=$(grep -c -E '^(not )?ok ' <<<"$output")
+	planned=$(sed -n 's/^1\.\.//p' <<<"$output")
+	passed=$((passed + $(grep -c '^ok ' <<<"$output")))
+	failed=$((failed + $(grep -c '^not ok ' <<<"$output")))
+	if [ "$status" -gt 1 ] || [ "$lines" -ne "${planned:-0}" ]; then
+		report "$name ran to its end (exit status $status, $lines of ${planned:-0} tests)" 1
+	fi
+}
+
+# The header alone, in every version of C and C++, with and without its switches.
+header_matrix() {
+	local language std switch compiler extra
+	for language in c:c99 c:c11 c:c17 c:c2x c++:c++11 c++:c++14 c++:c++17 c++:c++20; do
+		std=${language#*:}
+		language=${language%%:*}
+		compiler=$cc
+		extra=(-Wshadow -Wstrict-prototypes -Wc++-compat)
+		[ "$language" = c++ ] && compiler=$cxx extra=()
+		for switch in -DPLAIN -DHMM_API_4_17 -DHMM_NO_KERNEL_NAMES -DHMM_NO_STRUCT_DEVICE; do
+			echo '#include <hmm.h>' | "$compiler" -x "$language" -std="$std" -Wall -Wextra -Wpedantic \
+				-Wconversion -Werror "${extra[@]}" "$switch" -Iinclude -fsyntax-only -
+			report "hmm.h alone, $std $switch" $?
+		done
+	done
+}
+
+if [ ! -e "$lib/libhmm.so" ] || [ ! -e "$lib/libhmm.a" ]; then
+	cargo build --quiet --profile capi --package hmm-capi || exit 1
+fi
+mkdir -p "$out"
+ln -sfn libhmm.so "$lib/libhmm.so.0.1"
+shared=(-L"$lib" -Wl,-rpath,"$(realpath "$lib")" -lhmm -pthread)
+
+header_matrix
+for source in tests/c/*.c; do
+	name=$(basename "$source" .c)
+	case $name in *_other_unit) continue ;; esac
+	units=("$source")
+	[ -e "tests/c/${name}_other_unit.c" ] && units+=("tests/c/${name}_other_unit.c")
+	compile "$name" "$out/$name" "${units[@]}" "${shared[@]}" && run "$name" "$out/$name"
+done
+compile "migrate (static)" "$out/migrate-static" tests/c/migrate.c "$lib/libhmm.a" "${static_needs[@]}" &&
+	run "migrate, linked with libhmm.a" "$out/migrate-static"
+compile "driver" "$out/driver" examples/c/driver.c "${shared[@]}" && timeout --signal=KILL "$limit" "$out/driver" >"$out/driver.txt"
+report "examples/c/driver.c works" $?
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
