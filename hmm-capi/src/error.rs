@@ -3,8 +3,8 @@
 //! Not in thread-local storage: its first use on a thread may call `malloc`, and the thread may be one that answers
 //! CPU faults. Entries are found by thread instead, and only the reader's copy is thread-local.
 
-use crate::handle::lock;
-use hmm_core::{Error, Result};
+use crate::handle::{lock, pages_of};
+use hmm_core::{AddrRange, Error, Result};
 use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_int};
 use std::fmt::{self, Write};
@@ -55,6 +55,11 @@ fn entry_of(entries: &mut [Entry; THREADS], thread: usize) -> &mut Entry {
         *entry = Entry { thread, errno: 0, len: 0, text: [0; TEXT] };
     }
     entry
+}
+
+/// The pages that hold the entries, for pinning.
+pub(crate) fn pages() -> Result<AddrRange> {
+    pages_of(&ENTRIES)
 }
 
 /// Remembers an error for [`hmm_last_error`] and [`hmm_last_errno`].
@@ -132,7 +137,8 @@ mod tests {
             (hmm_last_errno(), text().as_str()),
             (-libc::EINVAL, "invalid argument at 0x1000: first")
         );
-        std::thread::spawn(|| assert_eq!((hmm_last_errno(), text().as_str()), (0, "")));
+        let other = std::thread::spawn(|| (hmm_last_errno(), text()));
+        assert_eq!(other.join().unwrap(), (0, String::new()));
         record_outcome(Ok(()));
         assert_eq!(hmm_last_errno(), 0);
     }

@@ -118,9 +118,14 @@ impl<P: Public, T: Send + Sync, const N: usize> Table<P, T, N> {
     }
 
     /// The pages that hold the table, for pinning: callbacks use it while they run.
-    pub(crate) fn pages(&self) -> Result<AddrRange> {
-        AddrRange::covering(VirtAddr::from_ptr(self).get(), size_of::<Self>() as u64)
+    pub(crate) fn pages(&'static self) -> Result<AddrRange> {
+        pages_of(self)
     }
+}
+
+/// The pages that hold a static of the library.
+pub(crate) fn pages_of<T>(object: &'static T) -> Result<AddrRange> {
+    AddrRange::covering(VirtAddr::from_ptr(object).get(), size_of::<T>() as u64)
 }
 
 /// Refuses NULL and misaligned pointers of C callers. Whether the memory is there is the caller's promise.

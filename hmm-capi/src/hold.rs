@@ -4,10 +4,10 @@
 //! holding the lock for reading. Kept by thread in fixed memory, because callbacks run on service threads.
 
 use crate::error::this_thread;
-use crate::handle::{invalid, lock};
+use crate::handle::{invalid, lock, pages_of};
 use crate::mm::MmHandle;
 use crate::vma::VMAS;
-use hmm_core::{Error, Result};
+use hmm_core::{AddrRange, Error, Result};
 use std::ptr;
 use std::sync::{Arc, Mutex};
 
@@ -42,6 +42,11 @@ static TABLE: Mutex<Holds> = Mutex::new(Holds {
     entries: [Hold { thread: 0, mm: 0, kind: Kind::Read, depth: 0, newest_vma: 0 }; HOLDS],
     used: 0,
 });
+
+/// The pages that hold the table, for pinning.
+pub(crate) fn pages() -> Result<AddrRange> {
+    pages_of(&TABLE)
+}
 
 fn identity(mm: &Arc<MmHandle>) -> usize {
     Arc::as_ptr(mm).addr()

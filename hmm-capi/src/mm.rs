@@ -2,7 +2,7 @@
 
 use crate::handle::{Opaque, Table, check_pointer, invalid, lock};
 use crate::ret::IntoC;
-use crate::{devmem, mirror, tracking, vma};
+use crate::{devmem, error, hold, mirror, tracking, vma};
 use hmm_core::{AddrRange, Mm, Residency, Result, VirtAddr};
 use std::ffi::{c_char, c_int, c_long, c_void};
 use std::ptr;
@@ -65,13 +65,12 @@ pub(crate) fn pointer_to(mm: &Arc<MmHandle>) -> *mut mm_struct {
         .map_or(ptr::null_mut(), |found| found.0.cast())
 }
 
-/// Handle tables are used by callbacks, on threads that answer faults: they must never migrate.
+/// What callbacks use on threads that answer faults must never migrate: the handle tables, and who is where.
 fn pin_tables(mm: &Mm) -> Result<()> {
-    for pages in [MMS.pages(), vma::VMAS.pages(), mirror::MIRRORS.pages(), tracking::RANGES.pages()]
-    {
-        mm.pin_range(pages?)?;
-    }
-    mm.pin_range(devmem::DEVMEMS.pages()?)
+    let handles =
+        [MMS.pages(), vma::VMAS.pages(), mirror::MIRRORS.pages(), tracking::RANGES.pages()];
+    let threads = [devmem::DEVMEMS.pages(), hold::pages(), error::pages()];
+    handles.into_iter().chain(threads).try_for_each(|pages| mm.pin_range(pages?))
 }
 
 fn open() -> Result<*mut mm_struct> {

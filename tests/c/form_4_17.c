@@ -27,6 +27,8 @@ static const struct hmm_mirror_ops mirror_ops = { .sync_cpu_device_pagetables = 
 /* A range with all its arguments; the caller holds the lock. */
 static struct hmm_range range_of(const unsigned char *memory)
 {
+	/* An unmapping of what was here before may still be on its way. */
+	int synchronised = hmm_mm_sync(mm);
 	struct hmm_range range = {
 		.vma = find_vma(mm, address(memory)),
 		.start = address(memory),
@@ -37,6 +39,7 @@ static struct hmm_range range_of(const unsigned char *memory)
 		.pfn_shift = 3,
 	};
 
+	CHECK_EQ(synchronised, 0);
 	return range;
 }
 

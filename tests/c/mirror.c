@@ -50,6 +50,8 @@ static void listen(struct listener *listener, const unsigned char *memory)
 	struct hmm_range range;
 	unsigned long start = address(memory), end = start + PAGES * PAGE;
 
+	/* An unmapping of what was here before may still be on its way. */
+	CHECK_EQ(hmm_mm_sync(mm), 0);
 	memset(listener, 0, sizeof(*listener));
 	listener->mirror.ops = &ops;
 	listener->watch_start = start;

@@ -36,6 +36,8 @@ static unsigned char *fresh(void)
 
 	memory_fill(memory, PAGES);
 	memset(pfns, 0x5a, sizeof(pfns));
+	/* An unmapping of what was here before may still be on its way. */
+	CHECK_EQ(hmm_mm_sync(mm), 0);
 	return memory;
 }
 
@@ -66,6 +68,7 @@ static void a_look_reports_what_is_there(void)
 	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
 	struct hmm_range range;
 
+	CHECK_EQ(hmm_mm_sync(mm), 0);
 	memory[0] = 1;
 	memory[2 * PAGE] = 1;
 	CHECK_EQ(look(memory, 0, 4, &range), 0);
@@ -87,6 +90,7 @@ static void a_fault_makes_it_present(void)
 	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
 	struct hmm_range range;
 
+	CHECK_EQ(hmm_mm_sync(mm), 0);
 	CHECK_EQ(fault(memory, PAGES, false, &range), 0);
 	for (size_t i = 0; i < PAGES; i++)
 		CHECK_EQ(pfns[i] & (HMM_PFN_VALID | HMM_PFN_READ), HMM_PFN_VALID | HMM_PFN_READ);

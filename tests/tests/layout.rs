@@ -98,9 +98,15 @@ fn resident_memory_falls_as_pages_leave() {
     region.fill(3);
     let before = hmm_tests::resident_bytes();
     assert_eq!(device.migrate(region.range()).unwrap(), PAGES);
-    let after = hmm_tests::resident_bytes();
-    let fell = before.saturating_sub(after);
-    assert!(fell > memory * 6 / 10, "resident memory went from {before} to {after}");
+    // Half of it at once; the frames that stay for the next migration are given back when nothing moves.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut fell = before.saturating_sub(hmm_tests::resident_bytes());
+    assert!(fell > memory * 4 / 10, "at once it fell by {fell} of {memory}");
+    while fell < memory * 9 / 10 {
+        assert!(Instant::now() < deadline, "resident memory fell by {fell} of {memory}");
+        std::thread::sleep(Duration::from_millis(50));
+        fell = before.saturating_sub(hmm_tests::resident_bytes());
+    }
     assert_eq!(mm.counters().device_pages, PAGES as u64);
 }
 

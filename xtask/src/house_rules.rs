@@ -16,7 +16,6 @@ const GENERATED: &[&str] = &["include/hmm.h"];
 const UNSAFE: &[&str] = &[
     "hmm-core/src/arena.rs",
     "hmm-core/src/sync.rs",
-    "hmm-core/src/notifier.rs",
     "hmm-core/src/fork.rs",
     "hmm-core/src/mm/page_table.rs",
     "hmm-core/src/engine/model/frames.rs",
@@ -85,8 +84,7 @@ mod tests {
             unsafe_outside("hmm-core/src/addr.rs", text).is_some_and(|line| line.contains(":2:"))
         );
         assert!(unsafe_outside("hmm-core/src/addr.rs", "// unsafe").is_none());
-        assert!(unsafe_outside("hmm-core/src/arena.rs",
-    "hmm-core/src/sync.rs", text).is_none());
+        assert!(unsafe_outside("hmm-core/src/arena.rs", text).is_none());
         assert!(unsafe_outside("hmm-capi/src/mm.rs", text).is_none());
         assert!(unsafe_outside("devices/soft/tests/cpu.rs", text).is_none());
     }
