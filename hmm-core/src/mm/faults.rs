@@ -188,14 +188,15 @@ impl Mm {
     }
 
     fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
-        let deadline = Instant::now() + DEADLINE;
         let mut count = 0;
         for leaf in self.table.leaves(range) {
+            // A driver brings neighbours too, so they are counted before the first call.
+            count += self.pages_on_device(leaf, range, wanted);
             for addr in super::layout::pages_of(leaf, range) {
-                let mut counted = false;
+                // For each page: a slow device that gets further is not stuck.
+                let deadline = Instant::now() + DEADLINE;
                 // `None`: the page is not (any more) on a device.
                 while let Some(page) = self.page_to_bring(leaf, addr, wanted, deadline)? {
-                    count += usize::from(!std::mem::replace(&mut counted, true));
                     match self.call_fault(addr, page, FaultFlags::REMOTE) {
                         Ok(()) => {}
                         Err(FaultError::SigBus) => {
@@ -217,6 +218,17 @@ impl Mm {
             }
         }
         Ok(count)
+    }
+
+    fn pages_on_device(
+        &self,
+        leaf: &super::page_table::Leaf,
+        range: AddrRange,
+        wanted: &dyn Fn(Pfn) -> bool,
+    ) -> usize {
+        let entries = leaf.lock();
+        let is_there = |addr: &VirtAddr| matches!(entries[addr.index_in_leaf()].place(), Place::Device(page) if wanted(page));
+        super::layout::pages_of(leaf, range).filter(is_there).count()
     }
 
     /// The device page at an address, with a reference taken. Waits while a migration holds it.

@@ -266,11 +266,23 @@ impl Mm {
     /// Pin what a driver's callbacks touch: a service thread that waits for a migrated page waits for itself.
     ///
     /// # Errors
-    /// `NoMemory` when there are too many; what bringing home says.
+    /// `Fault` when a part is not mapped; `NoMemory` when there are too many; what bringing home says.
     pub fn pin_range(&self, range: AddrRange) -> Result<()> {
         self.check_open()?;
+        self.check_mapped(range)?;
         self.pins.insert(range)?;
         self.bring_home(range).map(|_| ()).inspect_err(|_| _ = self.pins.remove(range))
+    }
+
+    fn check_mapped(&self, range: AddrRange) -> Result<()> {
+        let mut next = range.start();
+        while next < range.end() {
+            match self.engine.mapping_at(next)? {
+                Some(mapping) if mapping.range.contains(next) => next = mapping.range.end(),
+                _ => return Err(Error::Fault { address: next, what: "nothing is mapped there" }),
+            }
+        }
+        Ok(())
     }
 
     /// Undoes one [`Mm::pin_range`] of exactly this range.

@@ -376,7 +376,7 @@ fn populate(stack: AddrRange) {
     let _ = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxPopulateWrite) };
 }
 
-/// The calling thread's stack, with the thread control block above it.
+/// The calling thread's stack, with its control block.
 fn own_stack() -> Option<AddrRange> {
     let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
     // SAFETY: on success it initialises the attributes of the calling thread.
@@ -389,7 +389,6 @@ fn own_stack() -> Option<AddrRange> {
     // SAFETY: initialised above, used no more.
     unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
     let start = start.addr() as u64;
-    // The control block and static thread-local storage lie at the top, around the pthread handle.
-    let end = (start + size as u64).max(this_thread() as u64 + 8192);
-    AddrRange::covering(start, end - start).ok()
+    // The control block and static thread-local storage are inside, at the top.
+    AddrRange::covering(start, size as u64).ok()
 }
