@@ -54,8 +54,7 @@
  * Migration to and from device memory (hmm.txt, section 6)
  *
  * Never all or nothing: each page moves, or stays as it was. Private anonymous memory (malloc,
- * numpy arrays, stacks of other threads) can move to a device; everything else can be mirrored
- * where it is.
+ * new, numpy arrays, mmap) can move to a device; everything else can be mirrored where it is.
  * ------------------------------------------------------------------------------------------ */
 
 //@ before hmm_soft_create

@@ -8,7 +8,7 @@
 //! One reserved region of address space is carved into power-of-two classes with free lists. Freed blocks stay with
 //! their class; large ones give their memory back to the system.
 
-use crate::addr::VirtAddr;
+use crate::addr::{AddrRange, VirtAddr};
 use crate::sync::{Mutex, MutexGuard};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::alloc::{GlobalAlloc, Layout};
@@ -63,6 +63,42 @@ pub fn contains(address: VirtAddr) -> bool {
 pub(crate) fn bounds() -> Option<(u64, u64)> {
     let (start, end) = (START.load(Ordering::Acquire), END.load(Ordering::Acquire));
     (start != 0).then_some((start as u64, end as u64))
+}
+
+/// Reports the writable segments of the program or library that this code is a part of: its statics are needed on the
+/// fault path too.
+pub(crate) fn own_segments(report: &mut dyn FnMut(AddrRange)) {
+    struct Visit<'a> {
+        here: u64,
+        report: &'a mut dyn FnMut(AddrRange),
+    }
+    unsafe extern "C" fn visit(
+        object: *mut libc::dl_phdr_info,
+        _: usize,
+        visit: *mut libc::c_void,
+    ) -> libc::c_int {
+        // SAFETY: dl_iterate_phdr passes the pointer that it was given below.
+        let visit = unsafe { &mut *visit.cast::<Visit<'_>>() };
+        // SAFETY: it passes a valid object.
+        let object = unsafe { &*object };
+        let count = usize::from(object.dlpi_phnum);
+        // SAFETY: the object has so many headers.
+        let headers = unsafe { std::slice::from_raw_parts(object.dlpi_phdr, count) };
+        let loaded = || headers.iter().filter(|header| header.p_type == libc::PT_LOAD);
+        let start = |header: &libc::Elf64_Phdr| object.dlpi_addr + header.p_vaddr;
+        let is_ours =
+            loaded().any(|one| (start(one)..start(one) + one.p_memsz).contains(&visit.here));
+        if is_ours {
+            for header in loaded().filter(|header| header.p_flags & libc::PF_W != 0) {
+                let range = AddrRange::covering(start(header), header.p_memsz);
+                range.into_iter().for_each(&mut *visit.report);
+            }
+        }
+        libc::c_int::from(is_ours)
+    }
+    let mut state = Visit { here: VirtAddr::from_ptr(&raw const STATE).get(), report };
+    // SAFETY: `visit` matches the pointer that it gets, which lives during the call.
+    unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut state).cast()) };
 }
 
 impl State {

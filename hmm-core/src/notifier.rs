@@ -161,6 +161,11 @@ impl Notifiers {
         Ok(())
     }
 
+    /// Takes a subscription without callbacks out, at once: there is nothing to wait for.
+    pub(crate) fn forget(&self, subscription: &Subscription) {
+        self.list.lock().subscriptions.retain(|one| one.id != subscription.id);
+    }
+
     /// Every overlapping subscription becomes busy and its number changes. Runs no callback.
     pub(crate) fn begin(&self, update: Invalidation) -> Invalidating {
         let mut list = self.list.lock();

@@ -77,6 +77,9 @@ impl Mm {
 
     fn prepare_look(&self, request: &RangeRequest, pfns: &mut [PfnEntry]) -> Result<Vma> {
         let address = request.range.start();
+        if self.notifiers.in_callback() {
+            return Err(Error::Deadlock { what: "a look at a range from a notifier callback" });
+        }
         if pfns.len() != request.range.pages() {
             return Err(Error::invalid(address.get(), "pfns needs one element per page"));
         }

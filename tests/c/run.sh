@@ -73,6 +73,20 @@ header_matrix() {
 	done
 }
 
+# What must be true of the shared library itself: its name, that it stays loaded, and that it exports what the header
+# declares, and nothing else.
+binary_checks() {
+	readelf -d "$lib/libhmm.so" | grep -q 'SONAME.*\[libhmm\.so\.0\.1\]'
+	report "libhmm.so has its SONAME" $?
+	readelf -d "$lib/libhmm.so" | grep -q 'NODELETE'
+	report "libhmm.so stays loaded" $?
+	nm -D --defined-only "$lib/libhmm.so" | awk '{ print $3 }' | sort >"$out/exported"
+	grep -oE '^[a-z][a-z_ *0-9]*[ *](hmm_[a-z0-9_]+|migrate_vma[a-z0-9_]*)\(' include/hmm.h |
+		grep -v '^static' | sed 's/.*[ *]\([a-z0-9_]*\)(/\1/' | sort >"$out/declared"
+	diff "$out/declared" "$out/exported"
+	report "libhmm.so exports what hmm.h declares" $?
+}
+
 if [ ! -e "$lib/libhmm.so" ] || [ ! -e "$lib/libhmm.a" ]; then
 	cargo build --quiet --profile capi --package hmm-capi || exit 1
 fi
@@ -81,6 +95,7 @@ ln -sfn libhmm.so "$lib/libhmm.so.0.1"
 shared=(-L"$lib" -Wl,-rpath,"$(realpath "$lib")" -lhmm -pthread)
 
 header_matrix
+binary_checks
 for source in tests/c/*.c; do
 	name=$(basename "$source" .c)
 	case $name in *_other_unit) continue ;; esac

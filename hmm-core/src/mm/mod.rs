@@ -15,6 +15,7 @@ pub(crate) use fork_gate::next_generation;
 pub use vma::{MmapLock, Vma};
 
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
+use crate::arena;
 use crate::engine::{Engine, FaultSink};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
@@ -89,6 +90,7 @@ impl Mm {
         // In a Rust program the mm itself lies in the ordinary heap: it must not migrate.
         mm.pin_object(&*mm)?;
         mm.pins.insert(mm.frames.area())?;
+        arena::own_segments(&mut |segment| _ = mm.pins.insert(segment));
         let sink: Arc<dyn FaultSink> = Arc::clone(&mm) as Arc<dyn FaultSink>;
         mm.engine.start(sink)?;
         let mut open = OPEN.lock();
@@ -195,6 +197,8 @@ impl Mm {
         ops: Arc<dyn NotifierOps>,
     ) -> Result<Arc<Notifier>> {
         self.check_not_closing()?;
+        // What was changed by calls that returned is not this subscription's business any more.
+        self.sync();
         let subscription = self.notifiers.insert(range, Some(ops))?;
         Ok(Arc::new(Notifier { mm: Arc::clone(self), subscription }))
     }
@@ -205,6 +209,7 @@ impl Mm {
     /// `NoMemory` when there are too many; `Gone`.
     pub fn track(self: &Arc<Self>, range: AddrRange) -> Result<RangeTracker> {
         self.check_open()?;
+        self.sync();
         let subscription = self.notifiers.insert(range, None)?;
         Ok(RangeTracker { mm: Arc::clone(self), subscription })
     }
@@ -266,23 +271,12 @@ impl Mm {
     /// Pin what a driver's callbacks touch: a service thread that waits for a migrated page waits for itself.
     ///
     /// # Errors
-    /// `Fault` when a part is not mapped; `NoMemory` when there are too many; what bringing home says.
+    /// `NoMemory` when there are too many; what bringing home says. Pinning is about addresses: whether something is
+    /// mapped there does not matter.
     pub fn pin_range(&self, range: AddrRange) -> Result<()> {
         self.check_open()?;
-        self.check_mapped(range)?;
         self.pins.insert(range)?;
         self.bring_home(range).map(|_| ()).inspect_err(|_| _ = self.pins.remove(range))
-    }
-
-    fn check_mapped(&self, range: AddrRange) -> Result<()> {
-        let mut next = range.start();
-        while next < range.end() {
-            match self.engine.mapping_at(next)? {
-                Some(mapping) if mapping.range.contains(next) => next = mapping.range.end(),
-                _ => return Err(Error::Fault { address: next, what: "nothing is mapped there" }),
-            }
-        }
-        Ok(())
     }
 
     /// Undoes one [`Mm::pin_range`] of exactly this range.
@@ -391,9 +385,6 @@ impl RangeTracker {
 
 impl Drop for RangeTracker {
     fn drop(&mut self) {
-        // Has no callback to wait for; an invalidation in progress ends soon. A second try is all there is to do.
-        if self.mm.notifiers.remove(&self.subscription).is_err() {
-            let _ = self.mm.notifiers.remove(&self.subscription);
-        }
+        self.mm.notifiers.forget(&self.subscription);
     }
 }

@@ -32,6 +32,8 @@ pub(crate) trait CpuMemory: Send + Sync {
     fn inspect(&self, mm: &Mm, page: VirtAddr, out: &mut Bytes) -> bool;
     /// Whether a bad load or store is an error, and not the end of the process.
     fn survives_bad_accesses(&self) -> bool;
+    /// Whether threads of the engine may still tidy up after an access has returned.
+    fn settles_later(&self) -> bool;
     /// Puts the pages present in a range into a condition. False when that cannot be done here.
     fn set_condition(&self, range: AddrRange, condition: PageCondition) -> bool;
     /// Nothing happens for a moment.
@@ -76,6 +78,9 @@ impl CpuMemory for ModelEngine {
     }
     fn survives_bad_accesses(&self) -> bool {
         true
+    }
+    fn settles_later(&self) -> bool {
+        false
     }
     fn set_condition(&self, range: AddrRange, condition: PageCondition) -> bool {
         ModelEngine::set_condition(self, range, condition);
@@ -123,6 +128,12 @@ fn move_to(from: AddrRange, to: VirtAddr) -> rustix::io::Result<()> {
     .map(|_| ())
 }
 
+fn is_mapped(page: AddrRange) -> bool {
+    let mut there = 0;
+    // SAFETY: mincore writes one byte for the one page, and only looks at the mapping.
+    unsafe { libc::mincore(page.start().as_ptr().cast(), PAGE_SIZE, &raw mut there) == 0 }
+}
+
 impl CpuMemory for RealMemory {
     fn reserve(&self, pages: usize, boundary: usize) -> AddrRange {
         let room = ((pages * PAGE_SIZE) as u64).next_multiple_of(LEAF_SIZE) + 2 * LEAF_SIZE;
@@ -138,11 +149,13 @@ impl CpuMemory for RealMemory {
         unsafe { rustix::mm::munmap(range.start().as_ptr().cast(), range.len() as usize) }.unwrap();
     }
     fn remap(&self, from: AddrRange, to: VirtAddr) {
-        // The kernel moves no range that watching has cut into several mappings: page by page then.
+        // The kernel moves no range that watching has cut into several mappings, or only the first of them: page by
+        // page then.
         if move_to(from, to).is_err() {
-            for index in 0..from.pages() {
+            let pages = (0..from.pages()).map(|index| from.sub(index, 1));
+            for (index, page) in pages.enumerate().filter(|(_, page)| is_mapped(*page)) {
                 let offset = (index * PAGE_SIZE) as u64;
-                move_to(from.sub(index, 1), to.checked_add(offset).unwrap()).unwrap();
+                move_to(page, to.checked_add(offset).unwrap()).unwrap();
             }
         }
     }
@@ -177,6 +190,9 @@ impl CpuMemory for RealMemory {
     }
     fn survives_bad_accesses(&self) -> bool {
         false
+    }
+    fn settles_later(&self) -> bool {
+        true
     }
     fn set_condition(&self, _: AddrRange, _: PageCondition) -> bool {
         false

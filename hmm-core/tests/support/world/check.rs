@@ -4,6 +4,10 @@ use super::{Check, World};
 use crate::support::device::Device;
 use crate::support::steps::PAGES;
 use hmm_core::{PAGE_SIZE, Residency, VirtAddr};
+use std::time::{Duration, Instant};
+
+/// How long threads of the engine may tidy up.
+const SETTLING: Duration = Duration::from_millis(500);
 
 impl World {
     pub(super) fn residency(&self) -> Result<Vec<Residency>, String> {
@@ -29,6 +33,17 @@ impl World {
 
     /// Every byte, where it is now, without moving anything; mirrors and counters agree.
     pub(super) fn check(&self) -> Check {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            let checked = self.check_now();
+            if checked.is_ok() || !self.memory.settles_later() || Instant::now() >= deadline {
+                return checked;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn check_now(&self) -> Check {
         let residency = self.residency()?;
         for (page, place) in residency.iter().enumerate() {
             self.check_page(page, *place)?;
