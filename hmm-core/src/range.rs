@@ -118,7 +118,7 @@ impl Mm {
                 let address = part.page_at(offset);
                 let entry = entries[address.index_in_leaf()];
                 if entry != Entry::SYSTEM {
-                    pfns[range.index_of(address)] = device_entry(entry, request.owner);
+                    pfns[range.index_of(address)] = device_entry(entry, request.owner, write);
                 }
             }
         }
@@ -156,7 +156,7 @@ fn system_entry(address: VirtAddr, present: Present, vma_writable: bool) -> PfnE
     PfnEntry::new(Pfn::of_addr(address), flags)
 }
 
-fn device_entry(entry: Entry, owner: Option<OwnerId>) -> PfnEntry {
+fn device_entry(entry: Entry, owner: Option<OwnerId>, vma_writable: bool) -> PfnEntry {
     match entry.place() {
         _ if entry.is_locked() => PfnEntry::default(),
         Place::Poisoned => PfnEntry::bare(PfnFlags::ERROR),
@@ -169,7 +169,8 @@ fn device_entry(entry: Entry, owner: Option<OwnerId>) -> PfnEntry {
                 return PfnEntry::default();
             }
             let mut flags = PfnFlags::VALID | PfnFlags::READ | PfnFlags::DEVICE;
-            flags.set(PfnFlags::WRITE, entry.is_writable());
+            // The vma may have become read-only while the page was away.
+            flags.set(PfnFlags::WRITE, vma_writable && entry.is_writable());
             PfnEntry::new(page, flags)
         }
     }

@@ -260,7 +260,8 @@ impl<'a> Batch<'a> {
     pub(super) fn release(&mut self, index: usize) {
         let _layout = self.mm.engine.layout().hold();
         let entry = self.pages[index].entry;
-        self.install(index, entry);
+        let kept = self.install(index, entry);
+        self.count_dropped(index, kept);
     }
 
     /// Fills `src` for the driver.

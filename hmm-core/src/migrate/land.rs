@@ -93,7 +93,7 @@ impl Batch<'_> {
     }
 
     /// A restored page whose place went away: its contents go with it.
-    fn count_dropped(&mut self, index: usize, kept: bool) {
+    pub(super) fn count_dropped(&mut self, index: usize, kept: bool) {
         if !kept && matches!(self.pages[index].entry.place(), Place::Device(_)) {
             self.mm.stats.device_pages.fetch_sub(1, Ordering::Relaxed);
             self.pages[index].fate = Fate::ToSystem;
@@ -252,6 +252,8 @@ impl Drop for Batch<'_> {
         if self.pages.iter().all(|page| page.held == Held::No) {
             self.return_frames();
             self.mm.inflight.remove(&self.flight);
+            // Pages that were let go of may have lost their place before that.
+            self.put_pages();
             return;
         }
         for index in 0..self.pages.len() {

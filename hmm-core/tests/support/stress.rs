@@ -91,9 +91,10 @@ impl Stage {
                 continue;
             }
             let range = self.area.sub(page, 1);
-            match random.below(3) {
+            // Few drops: they keep present pages from migrating for a while.
+            match random.below(40) {
                 0 => self.memory.drop_contents(range),
-                1 => self.memory.map(range),
+                1..20 => self.memory.map(range),
                 _ => {
                     self.memory.unmap(range);
                     self.memory.map(range);
@@ -119,14 +120,14 @@ impl Stage {
                 1 => tolerate(self.mm.snapshot(&request, &mut entries))?,
                 2 => tolerate(self.mm.make_present(range, true))?,
                 3 => tolerate(self.mm.residency(range, &mut places))?,
-                _ => self.device_add(&mut random)?,
+                _ => self.device_load(&mut random)?,
             }
         }
         Ok(())
     }
 
     /// The device reads a page that counts.
-    fn device_add(&self, random: &mut Random) -> Result<(), Error> {
+    fn device_load(&self, random: &mut Random) -> Result<(), Error> {
         let page = random.below(PAGES / 4) * 4;
         tolerate(self.devices[1].load(self.area.page_at(page), &mut [0; 8]))
     }
