@@ -259,3 +259,27 @@ fn layout_changes_under_migration_lose_and_keep_exactly_what_they_should() {
     assert_eq!(mm.counters().device_pages, 0);
     device.close().unwrap();
 }
+
+#[test]
+fn first_touches_of_a_vma_with_device_pages_read_zeros_and_keep_stores() {
+    let mm = mm_or_skip!();
+    let device = SoftDevice::new(&mm, SoftConfig::default()).unwrap();
+    const PAGES: usize = 3000;
+    let region = Region::new(PAGES);
+    write_pattern(region.addr(), 8, 9);
+    assert_eq!(device.migrate(region.part(0, 8)).unwrap(), 8);
+    let before = mm.counters().zero_faults;
+    for page in 8..PAGES {
+        let first = word(region.page_addr(page));
+        if page % 3 == 0 {
+            assert_eq!(first.load(Ordering::Relaxed), 0);
+        }
+        first.store(page as u64, Ordering::Relaxed);
+    }
+    assert!(
+        (8..PAGES).all(|page| word(region.page_addr(page)).load(Ordering::Relaxed) == page as u64)
+    );
+    assert!(has_pattern(region.addr(), 8, 9));
+    // A sweep is answered in runs, not page by page.
+    assert!(mm.counters().zero_faults - before < PAGES as u64 / 4);
+}

@@ -220,6 +220,10 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
     /// Installs a page of zeros and wakes who waits for it.
     fn zero(&self, page: VirtAddr, write: bool) -> Progress;
+    /// As [`Engine::zero`] for a run of pages, as far as they are holes; the first counts, the rest is best effort.
+    fn zero_run(&self, run: AddrRange, write: bool) -> Progress {
+        self.zero(run.start(), write)
+    }
     /// Lets everyone who waits for a page of the range try again.
     fn wake(&self, range: AddrRange);
     /// A touch of the page gets SIGBUS from now on. False when the engine cannot.

@@ -92,7 +92,10 @@ impl Mm {
             }
             Place::System => {
                 self.stats.zero_faults.fetch_add(1, Ordering::Relaxed);
-                let progress = self.engine.zero(fault.addr, fault.write);
+                let count = leaf.fill_around(&entries, fault.addr.index_in_leaf());
+                let end = fault.addr.plus_pages(count).get();
+                let run = AddrRange::from_bounds(fault.addr.get(), end);
+                let progress = self.engine.zero_run(run, fault.write);
                 drop((entries, layout));
                 Look::Answered(self.after_zero(fault.addr, progress))
             }
@@ -100,6 +103,9 @@ impl Mm {
     }
 
     fn after_zero(&self, addr: VirtAddr, progress: Progress) -> Resolution {
+        if progress.pages > 0 {
+            return Resolution::Resolved;
+        }
         match progress.stop {
             Stop::Done => Resolution::Resolved,
             Stop::Retry | Stop::NoMemory => Resolution::Retry,

@@ -8,12 +8,14 @@ use crate::arena::{self, Buffer};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use std::fmt;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 use std::time::Duration;
 
 const FANOUT_SHIFT: u32 = 13;
 const FANOUT: usize = 1 << FANOUT_SHIFT;
 const LEAVES: u64 = USER_END / LEAF_SIZE;
+/// Copying saturates at 16 pages for each fault.
+const FILL_LIMIT: usize = 16;
 
 /// Where a page is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +78,8 @@ pub(crate) struct Leaf {
     base: VirtAddr,
     entries: Mutex<[Entry; LEAF_PAGES]>,
     unlocked: Condvar,
+    /// Where the next first touch would continue the last one, and how many pages that one filled.
+    next_hole: AtomicU32,
     /// The whole leaf's absence is watched; an unmap of any part takes it back.
     pub(crate) absence_watched: AtomicBool,
 }
@@ -86,6 +90,7 @@ impl Leaf {
             base,
             entries: Mutex::new([Entry::SYSTEM; LEAF_PAGES]),
             unlocked: Condvar::new(),
+            next_hole: AtomicU32::new(0),
             absence_watched: AtomicBool::new(false),
         }
     }
@@ -106,6 +111,18 @@ impl Leaf {
     /// After entries were unlocked.
     pub(crate) fn notify(&self) {
         self.unlocked.notify_all();
+    }
+
+    /// How many pages to fill for a first touch of page `index`: one, and twice as many as last time when touches run
+    /// on without a gap, so that a sweep over fresh memory does not fault page by page. The caller holds the lock.
+    pub(crate) fn fill_around(&self, entries: &[Entry; LEAF_PAGES], index: usize) -> usize {
+        let last = self.next_hole.load(Ordering::Relaxed);
+        let (expected, filled) = ((last >> 16) as usize, (last & 0xffff) as usize);
+        let wanted = if expected == index && filled > 0 { (2 * filled).min(FILL_LIMIT) } else { 1 };
+        let is_hole = |entry: &&Entry| **entry == Entry::SYSTEM;
+        let count = entries[index..].iter().take(wanted).take_while(is_hole).count().max(1);
+        self.next_hole.store(((index + count) << 16 | count) as u32, Ordering::Relaxed);
+        count
     }
 
     pub(crate) fn range(&self) -> AddrRange {
@@ -243,6 +260,21 @@ mod tests {
         let bases: Vec<_> = table.leaves(all).map(|leaf| leaf.range().start().get()).collect();
         assert_eq!(bases, [0x40_0000, 0x60_0000, 0x7f00_0000_0000]);
         assert!(table.leaf_or_new(VirtAddr::new(USER_END)).is_none());
+    }
+
+    #[test]
+    fn runs_of_first_touches_are_filled_in_growing_steps() {
+        let leaf = Leaf::new(VirtAddr::new(LEAF_SIZE));
+        let mut entries = [Entry::SYSTEM; LEAF_PAGES];
+        entries[40] = Entry::POISON;
+        let mut steps = Vec::new();
+        let mut index = 5;
+        while index < 40 {
+            steps.push(leaf.fill_around(&entries, index));
+            index += steps.last().unwrap();
+        }
+        assert_eq!(steps, [1, 2, 4, 8, 16, 4]);
+        assert_eq!(leaf.fill_around(&entries, 300), 1);
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub struct ModelFaults {
     pub no_memory: u32,
     /// A call that does several pages is cut after some of them (with [`Stop::Retry`] when nothing else is wrong).
     pub partial: u32,
-    /// One `madvise_dontneed` in so many drops the contents only after its event was finished. The kernel may
+    /// One `madvise_dontneed` in so many drops the contents a few milliseconds after its event was finished. The kernel may
     /// always be that late: it lets the caller go on, and drop, as soon as the event is read.
     pub late_drop: u32,
     /// After so many calls in a row that were made to fail, one is left alone; 0: no such mercy.

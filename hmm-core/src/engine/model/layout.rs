@@ -12,6 +12,10 @@ use crate::engine::model::state::State;
 use crate::engine::{MapEvent, MapTicket, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
+use std::time::Duration;
+
+/// How late a late drop is: long enough for others to do something, shorter than anybody may rely on.
+const LATENESS: Duration = Duration::from_millis(5);
 
 impl ModelEngine {
     /// Maps `pages` pages at the lowest free place.
@@ -107,6 +111,7 @@ impl ModelEngine {
         };
         self.finish(tickets);
         if late {
+            std::thread::sleep(LATENESS);
             drop_contents(&mut self.state.lock(), range);
         }
         Ok(())

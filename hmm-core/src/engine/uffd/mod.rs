@@ -87,6 +87,17 @@ impl UffdEngine {
         progress(result, request.done, pages)
     }
 
+    /// At most [`ZERO_PAGES`] pages of zeros; wakes who waits for them.
+    fn fill_holes(&self, run: AddrRange, write: bool) -> Progress {
+        if write {
+            // Pages of their own at once; the shared zero page would fault a second time.
+            return self.copy_pages(run.start(), ZEROS.address(), run.pages(), 0);
+        }
+        let mut request = Fill { range: raw(run), mode: 0, done: 0 };
+        let result = abi::zero_page(&*self.descriptor, &mut request);
+        progress(result, request.done, run.pages())
+    }
+
     /// One call works on one kernel vma, and what the process mapped as one may be several. When a call over several
     /// pages was refused: the pages before the first border, if there is one.
     fn first_piece(&self, range: AddrRange, progress: &Progress) -> Option<usize> {
@@ -230,13 +241,16 @@ impl Engine for UffdEngine {
     }
 
     fn zero(&self, page: VirtAddr, write: bool) -> Progress {
-        if write {
-            // A page of its own at once; the shared zero page would fault a second time.
-            return self.copy_pages(page, ZEROS.address(), 1, 0);
+        self.zero_run(AddrRange::page_of(page), write)
+    }
+
+    fn zero_run(&self, run: AddrRange, write: bool) -> Progress {
+        let filled = self.fill_holes(run.sub(0, run.pages().min(ZERO_PAGES)), write);
+        if filled.stop == Stop::Refused && filled.pages == 0 && run.pages() > 1 {
+            // The run may reach beyond its mapping.
+            return self.fill_holes(run.sub(0, 1), write);
         }
-        let mut request = Fill { range: raw(AddrRange::page_of(page)), mode: 0, done: 0 };
-        let result = abi::zero_page(&*self.descriptor, &mut request);
-        progress(result, request.done, 1)
+        filled
     }
 
     fn wake(&self, range: AddrRange) {
