@@ -224,7 +224,8 @@ impl Shared {
             }
             if stuck.count == number {
                 self.read_for_stuck_threads();
-            } else if let Some(sink) = self.sink.read().clone() {
+            } else if let (0, Some(sink)) = (stuck.count, self.sink.read().clone()) {
+                // May free memory, which raises an event that one of the others must read.
                 sink.on_idle();
             }
         }
