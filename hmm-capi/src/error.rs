@@ -13,7 +13,7 @@ use std::sync::Mutex;
 /// Threads whose last error is kept.
 const THREADS: usize = 256;
 /// Bytes of text kept for each, the final NUL included.
-const TEXT: usize = 240;
+const TEXT: usize = 480;
 
 #[derive(Clone, Copy)]
 struct Entry {
