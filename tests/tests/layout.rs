@@ -216,7 +216,7 @@ fn change_one_slot(addr: u64, spare: u64, pages: usize, rounds: u64, stop: &Atom
 }
 
 #[test]
-fn layout_changes_under_migration_lose_and_keep_exactly_what_they_should() {
+fn stress_of_layout_changes_loses_and_keeps_exactly_what_it_should() {
     let mm = mm_or_skip!();
     const SLOTS: usize = 8;
     const SLOT: usize = 96;

@@ -1,7 +1,7 @@
 //! Everything at once on one region: CPU threads count, device threads count, system calls read and write, and pages
 //! migrate both ways all the while. Every counter must end right.
 //!
-//! The short form runs in `make test`; `HMM_STRESS=long` asks for a million page migrations.
+//! The short form runs in `make test`; `HMM_STRESS=long` asks for five million page migrations.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may stop")]
 
 use hmm_core::{Counters, Mm, PAGE_SIZE};
@@ -29,7 +29,7 @@ struct Plan {
 impl Plan {
     fn from_environment() -> Self {
         if std::env::var("HMM_STRESS").as_deref() == Ok("long") {
-            Self { migrations: 1_000_000, limit: Duration::from_secs(900) }
+            Self { migrations: 5_000_000, limit: Duration::from_secs(900) }
         } else {
             Self { migrations: 60_000, limit: Duration::from_secs(60) }
         }
