@@ -4,10 +4,7 @@ use crate::engine::Engine;
 use crate::engine::uffd::UffdEngine;
 use crate::error::{Error, Result};
 use crate::mm::Mm;
-use crate::sync::Mutex;
 use std::sync::Arc;
-
-static CURRENT: Mutex<Option<Arc<Mm>>> = Mutex::new(None);
 
 /// Chooses the engine: `HMM_ENGINE=auto|uffd` (the environment variable; `auto` when it is not set).
 fn choose_engine() -> Result<Arc<dyn Engine>> {
@@ -34,7 +31,7 @@ impl Mm {
     /// # Errors
     /// `Unsupported` with the reason when no engine works here.
     pub fn current() -> Result<Arc<Self>> {
-        let mut current = CURRENT.lock();
+        let mut current = Self::lock_current();
         if let Some(mm) = current.as_ref().filter(|mm| mm.check_not_closing().is_ok()) {
             return Ok(Arc::clone(mm));
         }

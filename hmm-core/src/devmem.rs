@@ -99,7 +99,7 @@ impl Devmem {
     }
     /// Pages that hold data of some process.
     pub fn in_use(&self) -> usize {
-        self.in_use.load(Ordering::Acquire)
+        self.in_use.load(Ordering::SeqCst)
     }
     /// Stores the driver's word of a page; it survives until the page is freed (promise 53).
     pub fn set_drvdata(&self, page: Pfn, word: u64) {
@@ -117,7 +117,7 @@ impl Devmem {
     }
 
     pub(crate) fn start_removing(&self) -> bool {
-        !self.removing.swap(true, Ordering::AcqRel)
+        !self.removing.swap(true, Ordering::SeqCst)
     }
 
     pub(crate) fn stop_removing(&self) {
@@ -145,16 +145,14 @@ impl Devmem {
 
     /// First reference of a free page; false when it is in use, foreign, or the memory is being removed.
     pub(crate) fn claim(&self, page: Pfn) -> bool {
-        if self.removing.load(Ordering::Acquire) {
-            return false;
-        }
         let Some(descriptor) = self.descriptor(page) else { return false };
-        let claimed = descriptor
-            .references
-            .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok();
-        if claimed {
-            self.in_use.fetch_add(1, Ordering::AcqRel);
+        // Counted before the look at `removing`: whoever removes sets that first, and looks at the count then.
+        self.in_use.fetch_add(1, Ordering::SeqCst);
+        let references = &descriptor.references;
+        let claimed = !self.removing.load(Ordering::SeqCst)
+            && references.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if !claimed {
+            self.uncount();
         }
         claimed
     }

@@ -4,15 +4,42 @@
 //! fork every page comes home, and nothing leaves until it is over; the kernel's own copy-on-write does the rest. The
 //! parent goes on as before. In the child the inherited mm says `Gone`; the child may open one of its own. `vfork` and
 //! `posix_spawn` run no such handlers and need none: they share the parent's memory.
+//!
+//! Forks of several threads take turns, and the library's process-wide locks are held across each of them, so that no
+//! child inherits one of them taken by a thread that it lacks.
 
 use crate::arena;
 use crate::mm::{Mm, next_generation};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
+use std::cell::UnsafeCell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static INSTALLED: AtomicBool = AtomicBool::new(false);
-/// The mms whose gates the running fork has closed.
-static HELD: Mutex<Vec<std::sync::Arc<Mm>>> = Mutex::new(Vec::new());
+/// One fork at a time.
+static TURN: Mutex<()> = Mutex::new(());
+static UNDER_WAY: UnderWay = UnderWay(UnsafeCell::new(None));
+
+/// What a fork holds, in the order in which it lets go.
+struct Held {
+    _open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
+    _current: MutexGuard<'static, Option<Arc<Mm>>>,
+    gates: Vec<Arc<Mm>>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The fork under way; only the thread whose turn it is looks at it.
+struct UnderWay(UnsafeCell<Option<Held>>);
+
+// SAFETY: `prepare` fills it and `parent` or `child` empties it, all in the thread that holds `TURN`.
+unsafe impl Sync for UnderWay {}
+
+impl UnderWay {
+    fn replace(&self, held: Option<Held>) -> Option<Held> {
+        // SAFETY: only called by the thread that holds `TURN`; the reference does not outlive the call.
+        std::mem::replace(unsafe { &mut *self.0.get() }, held)
+    }
+}
 
 /// Installs the handlers, once.
 pub(crate) fn install() {
@@ -23,27 +50,29 @@ pub(crate) fn install() {
 }
 
 extern "C" fn prepare() {
-    let all = Mm::all_open();
-    for mm in &all {
-        mm.close_gate_for_fork();
-    }
-    *HELD.lock() = all;
+    let turn = TURN.lock();
+    // An mm that another thread is opening is either in the list by now, or has nothing on a device yet.
+    let current = Mm::lock_current();
+    let gates = Mm::all_open();
+    gates.iter().for_each(|mm| mm.close_gate_for_fork());
+    let open = Mm::lock_list();
+    UNDER_WAY.replace(Some(Held { _open: open, _current: current, gates, _turn: turn }));
     arena::lock_for_fork();
 }
 
 extern "C" fn parent() {
     arena::unlock_after_fork();
-    for mm in std::mem::take(&mut *HELD.lock()) {
-        mm.open_gate_after_fork();
+    if let Some(held) = UNDER_WAY.replace(None) {
+        held.gates.iter().for_each(|mm| mm.open_gate_after_fork());
     }
 }
 
 extern "C" fn child() {
     next_generation();
     arena::unlock_after_fork();
-    // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
-    std::mem::take(&mut *HELD.lock()).into_iter().for_each(|mm| {
-        mm.open_gate_after_fork();
-        let _ = std::sync::Arc::into_raw(mm);
-    });
+    if let Some(mut held) = UNDER_WAY.replace(None) {
+        // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
+        let inherited = std::mem::take(&mut held.gates);
+        inherited.into_iter().for_each(|mm| _ = Arc::into_raw(mm));
+    }
 }

@@ -180,20 +180,25 @@ impl Notifiers {
         what
     }
 
+    /// [`Notifiers::begin`] and [`Notifiers::call`]; the result ends it.
+    pub(crate) fn invalidate(&self, update: Invalidation) -> Begun<'_> {
+        let begun = Begun { notifiers: self, what: self.begin(update) };
+        self.call(&begun.what);
+        begun
+    }
+
     /// Runs the callbacks, one after another, with no lock held.
     pub(crate) fn call(&self, what: &Invalidating) {
-        let thread = this_thread();
         let mut last = None;
         loop {
-            let mut list = self.list.lock();
+            let list = self.list.lock();
             let Some(next) = list.next_to_call(last, what) else { return };
             last = Some(next.id);
-            list.enter(thread);
             drop(list);
             if let Some(ops) = &next.ops {
+                let _running = Running::enter(self);
                 ops.invalidate(&what.update);
             }
-            self.list.lock().leave(thread);
         }
     }
 
@@ -238,6 +243,7 @@ impl Notifiers {
             let Some(next) = next else { return };
             last = Some(next.id);
             if let Some(ops) = &next.ops {
+                let _running = Running::enter(self);
                 ops.release();
             }
         }
@@ -246,6 +252,35 @@ impl Notifiers {
     /// Whether the calling thread runs a callback of this mm.
     pub(crate) fn in_callback(&self) -> bool {
         self.list.lock().is_running(this_thread())
+    }
+}
+
+/// The calling thread runs a callback; ends when dropped, be it by a panic of the callback.
+struct Running<'a>(&'a Notifiers);
+
+impl<'a> Running<'a> {
+    fn enter(notifiers: &'a Notifiers) -> Self {
+        notifiers.list.lock().enter(this_thread());
+        Self(notifiers)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.list.lock().leave(this_thread());
+    }
+}
+
+/// An invalidation that has begun; ends when dropped, be it by a panic of a callback.
+#[must_use = "the invalidation ends with it"]
+pub(crate) struct Begun<'a> {
+    notifiers: &'a Notifiers,
+    what: Invalidating,
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.notifiers.end(self.what);
     }
 }
 

@@ -104,6 +104,8 @@ pub struct FaultEvent {
     pub addr: VirtAddr,
     /// Whether it was a write.
     pub write: bool,
+    /// Kernel id of the toucher (0: unknown).
+    pub thread: u32,
     /// The toucher is one of the library's own threads: a callback touched memory that migrates.
     pub from_service_thread: bool,
 }
@@ -131,6 +133,8 @@ pub enum Resolution {
     Resolved,
     /// Layout changes must be read first; report the fault again afterwards.
     Retry,
+    /// The toucher itself holds the page, in a migration's callback: nobody can help it.
+    WaitsForItself,
 }
 
 /// Where an engine reports. Implemented by the mm.

@@ -72,11 +72,13 @@ impl<'a> Batch<'a> {
         vma: &'a Vma,
         request: &MigrateRequest,
         range: AddrRange,
-        keep: &[Option<AddrRange>],
+        keep: [Option<AddrRange>; 2],
     ) -> Result<Self> {
         let no_memory = || Error::NoMemory { what: "lists of a migration" };
         let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM };
-        let flight = Flight::new(range, this_thread()).ok_or_else(no_memory)?;
+        let stack = mm.own_stack(range);
+        let keep = [keep[0], keep[1], stack];
+        let flight = Flight::new(range, this_thread(), keep).ok_or_else(no_memory)?;
         let mut batch = Self {
             mm,
             vma,
@@ -89,9 +91,9 @@ impl<'a> Batch<'a> {
         };
         batch.take_off(request.select)?;
         batch.wait_for_others();
-        let stack = mm.own_stack(range);
+        batch.wait_for_removal(request.select);
         for part in range.by_leaf() {
-            let blocked = batch.blocked(part, keep.iter().flatten().chain(&stack));
+            let blocked = batch.blocked(part);
             batch.hold_leaf(part, request.select, &blocked)?;
         }
         batch.borrow_frames();
@@ -126,9 +128,16 @@ impl<'a> Batch<'a> {
         {
             return;
         }
-        let deadline = Instant::now() + RANGE_DEADLINE;
-        for leaf in self.mm.table.leaves(self.range) {
-            let Some(part) = leaf.range().intersect(self.range) else { continue };
+        self.wait_until_unlocked(self.range, Instant::now() + RANGE_DEADLINE);
+        // What this migration needs itself: once its flight is registered, no other one takes it.
+        for kept in self.flight.keep.iter().flatten() {
+            self.wait_until_unlocked(*kept, Instant::now() + DEADLINE);
+        }
+    }
+
+    fn wait_until_unlocked(&self, range: AddrRange, deadline: Instant) {
+        for leaf in self.mm.table.leaves(range) {
+            let Some(part) = leaf.range().intersect(range) else { continue };
             let first = part.start().index_in_leaf();
             let mut entries = leaf.lock();
             while entries[first..first + part.pages()].iter().any(|entry| entry.is_locked()) {
@@ -141,15 +150,12 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Pages that must stay: pinned ones, the caller's arrays and stack.
-    fn blocked<'b>(&self, part: AddrRange, keep: impl Iterator<Item = &'b AddrRange>) -> SlotSet {
+    /// Pages that every migration under way needs while it holds others: the callers' arrays and stacks.
+    fn blocked(&self, part: AddrRange) -> SlotSet {
         let mut blocked = SlotSet::default();
-        let mut block = |range: AddrRange| {
-            let Some(range) = range.intersect(part) else { return };
-            (0..range.pages()).for_each(|page| blocked.insert(range.page_at(page).index_in_leaf()));
-        };
-        keep.for_each(|range| block(*range));
-        self.mm.pins.within(part, block);
+        self.mm.inflight.each_kept(|kept| {
+            kept.intersect(part).into_iter().for_each(|pages| blocked.insert_pages(pages));
+        });
         blocked
     }
 
@@ -170,6 +176,9 @@ impl<'a> Batch<'a> {
         let mut devices = LastFound::default();
         let _layout = self.mm.engine.layout().hold();
         let mut entries = leaf.lock();
+        // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
+        let mut blocked = *blocked;
+        self.mm.pins.within(part, |pin| blocked.insert_pages(pin));
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();
@@ -335,15 +344,14 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Waits until drops of this range that were reported before they were done are surely over. Service threads
-    /// must not wait: false tells them to leave present pages alone.
-    pub(super) fn wait_for_removal(&self) -> bool {
-        while let Some(end) = self.mm.removed.busy_until(self.range) {
-            if self.mm.engine.is_service_thread() {
-                return false;
-            }
+    /// Drops of this range that were reported a moment ago are over soon. Waits once, while nothing is held; pages of
+    /// later drops stay where they are.
+    fn wait_for_removal(&self, select: Select) {
+        if select.contains(Select::SYSTEM)
+            && !self.mm.engine.is_service_thread()
+            && let Some(end) = self.mm.removed.busy_until(self.range)
+        {
             std::thread::sleep(end.saturating_duration_since(Instant::now()));
         }
-        true
     }
 }

@@ -212,9 +212,7 @@ impl Batch<'_> {
 
     fn invalidate_again(&self) {
         let update = Invalidation { range: self.range, event: InvalidateEvent::Unmap, owner: None };
-        let invalidating = self.mm.notifiers.begin(update);
-        self.mm.notifiers.call(&invalidating);
-        self.mm.notifiers.end(invalidating);
+        drop(self.mm.notifiers.invalidate(update));
     }
 
     /// Drops references, with no lock held: source pages whose contents are elsewhere now, claimed pages whose place

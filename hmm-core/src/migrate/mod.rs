@@ -115,7 +115,7 @@ impl Mm {
         dst: &mut [MigratePfn],
     ) -> Result<()> {
         let keep = [memory_of(src), memory_of(dst)];
-        let mut batch = Batch::hold(self, vma, request, range, &keep)?;
+        let mut batch = Batch::hold(self, vma, request, range, keep)?;
         batch.take_contents()?;
         batch.describe(src);
         let candidates = src.iter().filter(|page| page.migrates()).count();

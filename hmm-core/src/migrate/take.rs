@@ -1,7 +1,7 @@
 //! Taking contents out of the process: mirrors let go first, then pages move into frames.
 
 use super::batch::{Batch, Held};
-use crate::addr::AddrRange;
+use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Present, Stop, Watch};
 use crate::error::Result;
 use crate::flags::Select;
@@ -21,16 +21,14 @@ impl Batch<'_> {
         self.mm.stats.invalidations.fetch_add(1, Ordering::Relaxed);
         let update =
             Invalidation { range: self.range, event: InvalidateEvent::Migrate, owner: self.owner };
-        let invalidating = self.mm.notifiers.begin(update);
-        self.mm.notifiers.call(&invalidating);
-        let result = self.take_all();
-        self.mm.notifiers.end(invalidating);
-        result
+        let mm = self.mm;
+        let _invalid = mm.notifiers.invalidate(update);
+        self.take_all()
     }
 
     fn take_all(&mut self) -> Result<()> {
-        if self.pages.iter().any(|page| page.held == Held::Mapped) && !self.wait_for_removal() {
-            self.release_present()?;
+        if self.pages.iter().any(|page| page.held == Held::Mapped) {
+            self.release_dropped()?;
         }
         for (number, part) in self.range.by_leaf().enumerate() {
             let busy = self.take_leaf(number, part);
@@ -41,23 +39,35 @@ impl Batch<'_> {
         Ok(())
     }
 
-    /// Lets go of held pages that are present (holes may still go).
-    fn release_present(&mut self) -> Result<()> {
-        let mut present = Vec::new();
-        self.mm.engine.scan(self.range, &mut |run, what| {
-            if what != Present::None {
-                present.push(run);
-            }
-        })?;
-        for run in present {
-            for page in 0..run.pages() {
-                let index = self.range.index_of(run.page_at(page));
-                if self.pages[index].held == Held::Mapped {
-                    self.release(index);
-                }
+    /// Lets go of pages that are present although their drop was reported: it may still come (holes may go).
+    fn release_dropped(&mut self) -> Result<()> {
+        let mm = self.mm;
+        for dropped in mm.removed.within(self.range) {
+            let mut next = dropped.start();
+            while next < dropped.end() {
+                let rest = AddrRange::from_bounds(next.get(), dropped.end().get());
+                next = self.release_first_present(rest)?;
             }
         }
         Ok(())
+    }
+
+    /// Lets go of the first run of present pages; returns its end, or that of the range.
+    fn release_first_present(&mut self, range: AddrRange) -> Result<VirtAddr> {
+        let mut first = None;
+        self.mm.engine.scan(range, &mut |run, what| {
+            if what != Present::None && first.is_none() {
+                first = Some(run);
+            }
+        })?;
+        let Some(run) = first else { return Ok(range.end()) };
+        for page in 0..run.pages() {
+            let index = self.range.index_of(run.page_at(page));
+            if self.pages[index].held == Held::Mapped {
+                self.release(index);
+            }
+        }
+        Ok(run.end())
     }
 
     /// Takes the mapped pages of one leaf; returns the slots of those that are shared or pinned, which it let go of.

@@ -52,10 +52,25 @@ impl Mm {
     /// Writes bytes to pages that are present and writable, without waiting and without faulting.
     pub fn poke(&self, addr: VirtAddr, data: &[u8]) -> bool {
         self.check_access(addr, data.len()).is_ok()
-            && matches!(self.engine.mapping_at(addr.page()), Ok(Some(mapping))
-                if mapping.range.contains(addr)
-                    && mapping.protection.contains(Protection::WRITE))
+            && self.allows(addr, data.len(), Protection::WRITE)
             && self.engine.poke(addr, data)
+    }
+
+    /// Whether every mapping of these bytes has a protection. The engine's way to them ignores it.
+    fn allows(&self, addr: VirtAddr, len: usize, protection: Protection) -> bool {
+        let Some(end) = addr.checked_add(len as u64) else { return false };
+        let mut next = addr.page();
+        while next < end {
+            match self.engine.mapping_at(next) {
+                Ok(Some(mapping))
+                    if mapping.range.contains(next) && mapping.protection.contains(protection) =>
+                {
+                    next = mapping.range.end();
+                }
+                _ => return false,
+            }
+        }
+        true
     }
 
     fn check_access(&self, addr: VirtAddr, len: usize) -> Result<()> {

@@ -29,6 +29,10 @@ impl FaultSink for Mm {
             }
             Look::Parked => {
                 self.stats.parked_faults.fetch_add(1, Ordering::Relaxed);
+                if fault.thread != 0 && self.inflight.is_held_by(fault.thread, fault.addr) {
+                    self.stats.self_faults.fetch_add(1, Ordering::Relaxed);
+                    return Resolution::WaitsForItself;
+                }
                 Resolution::Resolved
             }
             Look::Answered(resolution) => resolution,
@@ -82,7 +86,7 @@ impl Mm {
                     return Look::Device(page);
                 }
                 drop((entries, layout));
-                self.lose(fault.addr);
+                self.lose(fault.addr, page);
                 Look::Answered(Resolution::Resolved)
             }
             Place::Poisoned => {
@@ -122,7 +126,7 @@ impl Mm {
         match self.call_fault(fault.addr, page, flags) {
             Ok(()) => {}
             Err(FaultError::SigBus) => {
-                self.lose_if_still(fault.addr, page);
+                self.lose(fault.addr, page);
                 return Resolution::Resolved;
             }
             Err(FaultError::OutOfMemory) => return Resolution::Retry,
@@ -155,28 +159,27 @@ impl Mm {
         result
     }
 
-    /// The device lost the page: a touch gets SIGBUS, never zeros.
-    pub(crate) fn lose(&self, addr: VirtAddr) {
+    /// The device lost the page: a touch gets SIGBUS from now on, never zeros. Does nothing when the page is elsewhere
+    /// by now, or a migration holds it.
+    fn lose(&self, addr: VirtAddr, page: Pfn) {
         let layout = self.engine.layout().hold();
-        if let Some(leaf) = self.table.leaf(addr) {
-            leaf.lock()[addr.index_in_leaf()] = super::page_table::Entry::POISON;
-            leaf.notify();
+        let Some(leaf) = self.table.leaf(addr) else { return };
+        let mut entries = leaf.lock();
+        let entry = &mut entries[addr.index_in_leaf()];
+        if entry.is_locked() || entry.place() != Place::Device(page) {
+            return;
         }
+        *entry = super::page_table::Entry::POISON;
+        drop(entries);
+        leaf.notify();
         self.stats.poisoned.fetch_add(1, Ordering::Relaxed);
+        self.stats.device_pages.fetch_sub(1, Ordering::Relaxed);
         self.engine.poison(addr);
-        self.engine.wake(AddrRange::page_of(addr));
         drop(layout);
-    }
-
-    fn lose_if_still(&self, addr: VirtAddr, page: Pfn) {
-        let entry = self.table.entry(addr);
-        if entry.place() == Place::Device(page) && !entry.is_locked() {
-            self.lose(addr);
-            self.stats.device_pages.fetch_sub(1, Ordering::Relaxed);
-            if let Some(devmem) = Devmem::find(page) {
-                devmem.put(page);
-            }
+        if let Some(devmem) = Devmem::find(page) {
+            devmem.put(page);
         }
+        self.engine.wake(AddrRange::page_of(addr));
     }
 
     /// Brings the device pages of a range home, in the calling thread; waits for migrations that hold some of them.
@@ -206,7 +209,7 @@ impl Mm {
                     match self.call_fault(addr, page, FaultFlags::REMOTE) {
                         Ok(()) => {}
                         Err(FaultError::SigBus) => {
-                            self.lose_if_still(addr, page);
+                            self.lose(addr, page);
                             return Err(Error::Lost {
                                 address: addr,
                                 what: "device cannot return it",

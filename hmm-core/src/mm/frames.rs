@@ -21,6 +21,10 @@ impl SlotSet {
     pub(crate) fn insert(&mut self, slot: usize) {
         self.0[slot / 64] |= 1 << (slot % 64);
     }
+    /// The slots of the pages of a range inside one leaf.
+    pub(crate) fn insert_pages(&mut self, range: AddrRange) {
+        (0..range.pages()).for_each(|page| self.insert(range.page_at(page).index_in_leaf()));
+    }
     pub(crate) fn remove(&mut self, slot: usize) {
         self.0[slot / 64] &= !(1 << (slot % 64));
     }

@@ -12,7 +12,7 @@ use crate::sync::{Condvar, Mutex};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The pages of one migration batch.
 pub(crate) struct Flight {
@@ -20,6 +20,10 @@ pub(crate) struct Flight {
     pub(crate) range: AddrRange,
     /// The calling thread.
     pub(crate) thread: usize,
+    /// Its kernel id.
+    thread_id: u32,
+    /// What the calling thread needs while it holds pages: no migration takes these.
+    pub(crate) keep: [Option<AddrRange>; 3],
     pages: Buffer<PageInFlight>,
     /// Some page is no longer where it was: look at all of them.
     moved: AtomicBool,
@@ -34,12 +38,17 @@ struct PageInFlight {
 }
 
 impl Flight {
-    pub(crate) fn new(range: AddrRange, thread: usize) -> Option<Self> {
+    pub(crate) fn new(
+        range: AddrRange,
+        thread: usize,
+        keep: [Option<AddrRange>; 3],
+    ) -> Option<Self> {
         let pages = Buffer::new(range.pages(), |_| PageInFlight {
             address: AtomicU64::new(0),
             frame: AtomicU64::new(0),
         })?;
-        Some(Self { range, thread, pages, moved: AtomicBool::new(false) })
+        let thread_id = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        Some(Self { range, thread, thread_id, keep, pages, moved: AtomicBool::new(false) })
     }
 
     /// Where page `index` is now, if the migration still holds it.
@@ -103,15 +112,34 @@ impl InFlight {
 
     /// Registers a migration; waits for a place at most so long. False when none came free.
     pub(crate) fn add(&self, flight: &Arc<Flight>, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
         let mut flights = self.flights.lock();
-        for _ in 0..2 {
+        loop {
             if let Some(place) = flights.iter_mut().find(|place| place.is_none()) {
                 *place = Some(Arc::clone(flight));
                 return true;
             }
-            flights = self.landed.wait_for(flights, time);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            flights = self.landed.wait_for(flights, left);
         }
-        false
+    }
+
+    /// Reports what the callers of migrations under way need.
+    pub(crate) fn each_kept(&self, mut report: impl FnMut(AddrRange)) {
+        let flights = self.flights.lock();
+        flights.iter().flatten().flat_map(|flight| flight.keep).flatten().for_each(&mut report);
+    }
+
+    /// Whether the page at an address is held by a migration of this thread: it waits for itself then.
+    pub(crate) fn is_held_by(&self, thread_id: u32, address: VirtAddr) -> bool {
+        let flights = self.flights.lock();
+        let mut mine = flights.iter().flatten().filter(|flight| flight.thread_id == thread_id);
+        mine.any(|flight| {
+            flight.range.contains(address) && flight.is_in_place(flight.range.index_of(address))
+        })
     }
 
     pub(crate) fn remove(&self, flight: &Arc<Flight>) {

@@ -122,6 +122,14 @@ impl RecentlyRemoved {
         ring.next = (next + 1) % REMOVED_RANGES;
     }
 
+    /// The parts of a range that were dropped so short a time ago that the drop may still come.
+    pub(crate) fn within(&self, range: AddrRange) -> impl Iterator<Item = AddrRange> + use<> {
+        let (ranges, now) = (self.0.lock().ranges, Instant::now());
+        let recent =
+            ranges.into_iter().flatten().filter(move |(_, time)| *time + REMOVE_GRACE > now);
+        recent.filter_map(move |(removed, _)| removed.intersect(range))
+    }
+
     /// When the last drop that touches the range is surely over; `None` if it is already.
     pub(crate) fn busy_until(&self, range: AddrRange) -> Option<Instant> {
         let ring = self.0.lock();

@@ -23,7 +23,7 @@ use crate::limits::DEADLINE;
 use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
 use crate::stats::{Counters, Stats};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
@@ -37,6 +37,9 @@ use std::time::{Duration, Instant};
 
 /// Every open mm, for device removal.
 static OPEN: Mutex<Vec<Weak<Mm>>> = Mutex::new(Vec::new());
+
+/// The mm of this process.
+static CURRENT: Mutex<Option<Arc<Mm>>> = Mutex::new(None);
 
 /// An address space under heterogeneous memory management (`struct mm_struct` with its `struct hmm`).
 ///
@@ -92,7 +95,8 @@ impl Mm {
         mm.pins.insert(mm.frames.area())?;
         arena::own_segments(&mut |segment| _ = mm.pins.insert(segment));
         let sink: Arc<dyn FaultSink> = Arc::clone(&mm) as Arc<dyn FaultSink>;
-        mm.engine.start(sink)?;
+        // What was started before the failure is stopped again, and lets go of the mm.
+        mm.engine.start(sink).inspect_err(|_| mm.engine.stop())?;
         let mut open = OPEN.lock();
         open.retain(|one| one.strong_count() > 0);
         open.push(Arc::downgrade(&mm));
@@ -101,6 +105,16 @@ impl Mm {
 
     pub(crate) fn all_open() -> Vec<Arc<Self>> {
         OPEN.lock().iter().filter_map(Weak::upgrade).filter(|mm| mm.check_open().is_ok()).collect()
+    }
+
+    /// The place of this process's mm.
+    pub(crate) fn lock_current() -> MutexGuard<'static, Option<Arc<Self>>> {
+        CURRENT.lock()
+    }
+
+    /// The list of open mms, held across a fork.
+    pub(crate) fn lock_list() -> MutexGuard<'static, Vec<Weak<Self>>> {
+        OPEN.lock()
     }
 
     pub(crate) fn arc(&self) -> Option<Arc<Self>> {
@@ -237,10 +251,8 @@ impl Mm {
         if first {
             let range = AddrRange::new(0, USER_END)?;
             let event = InvalidateEvent::Release;
-            let all = self.notifiers.begin(Invalidation { range, event, owner: None });
-            self.notifiers.call(&all);
+            let _all = self.notifiers.invalidate(Invalidation { range, event, owner: None });
             self.notifiers.release();
-            self.notifiers.end(all);
         }
         self.empty_all_devices()?;
         self.closed.store(true, Ordering::Release);

@@ -89,7 +89,7 @@ impl ModelEngine {
                 let ticket = state.enqueue(page);
                 let from_service_thread = state.serving.contains(&this_thread());
                 drop(state);
-                let event = FaultEvent { addr: page, write, from_service_thread };
+                let event = FaultEvent { addr: page, write, thread: 0, from_service_thread };
                 let answered = self.report(&*sink, event, ticket, deadline);
                 self.state.lock().dequeue(ticket);
                 answered?;

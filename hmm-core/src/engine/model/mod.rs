@@ -5,11 +5,19 @@
 //! processor: [`ModelEngine::cpu_read`] and its kin are its loads and stores, [`ModelEngine::munmap`] and its kin
 //! its system calls. There are no service threads: a thread that faults, or changes the layout, answers for itself.
 //!
-//! ```text
+//! ```
+//! use hmm_core::engine::model::{ModelConfig, ModelEngine};
+//! use hmm_core::{Mm, Protection, VmaKind};
+//!
+//! # fn main() -> hmm_core::Result<()> {
 //! let engine = ModelEngine::new(ModelConfig::default());
 //! let mm = Mm::with_engine(engine.clone())?;
 //! let range = engine.mmap(16, Protection::READ | Protection::WRITE, VmaKind::Anonymous)?;
 //! engine.cpu_write(range.start(), b"hello")?;
+//! let mut seen = [0; 5];
+//! assert_eq!(mm.read(range.start(), &mut seen)?, 5);
+//! mm.close()
+//! # }
 //! ```
 //!
 //! Locks: the layout lock, then the state's; the latter is a leaf, and no call into the sink is made under it.

@@ -64,15 +64,12 @@ impl UffdEngine {
         Ok(Self { descriptor, features, view, layout, service, frame_areas })
     }
 
-    /// Ends every registration at once. The number stays taken (by an empty file), so that a late call on it fails
-    /// instead of reaching a stranger's descriptor.
+    /// Ends every registration at once. The number stays taken (by the stop event), so that a late call on it fails
+    /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
     fn close_descriptor(&self) {
-        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
-        let Ok(null) = rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty()) else {
-            return;
-        };
-        // SAFETY: both numbers are open descriptors; this engine owns the replaced one.
-        unsafe { libc::dup3(null.as_raw_fd(), self.descriptor.as_raw_fd(), libc::O_CLOEXEC) };
+        let other = self.service.stop_descriptor().as_raw_fd();
+        // SAFETY: both numbers are open descriptors of this engine.
+        unsafe { libc::dup3(other, self.descriptor.as_raw_fd(), libc::O_CLOEXEC) };
     }
 
     fn move_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {

@@ -120,6 +120,10 @@ impl Service {
         *self.shared.sink.write() = None;
     }
 
+    pub(super) fn stop_descriptor(&self) -> &OwnedFd {
+        &self.shared.stop
+    }
+
     pub(super) fn drain(&self) {
         self.shared.drain();
     }
@@ -311,16 +315,18 @@ impl Shared {
         FaultEvent {
             addr: VirtAddr::new(address).page(),
             write: flags & abi::FAULT_WRITE != 0,
+            thread,
             from_service_thread: known.into_iter().any(|id| id == thread),
         }
     }
 
     fn answer(&self, sink: &dyn FaultSink, fault: FaultEvent) {
         for _ in 0..TRIES {
-            if sink.on_fault(fault) == Resolution::Resolved {
-                return;
+            match sink.on_fault(fault) {
+                Resolution::Resolved => return,
+                Resolution::WaitsForItself => return watch::report_own_batch(fault.addr),
+                Resolution::Retry => self.drain(),
             }
-            self.drain();
             std::thread::yield_now();
         }
         // The toucher faults again, and the state may be another by then.

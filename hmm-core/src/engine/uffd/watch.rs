@@ -34,6 +34,14 @@ pub(super) fn report_self_fault(address: VirtAddr) {
     ));
 }
 
+/// A thread in a migration's callbacks touched a page that this migration holds.
+pub(super) fn report_own_batch(address: VirtAddr) {
+    say(format_args!(
+        "libhmm: a migration callback touched {address}, which its own migration holds, and hangs: read sources at \
+         the address of their pfn (hmm_pfn_to_virt), not at that of the page\n"
+    ));
+}
+
 /// A service thread does not come back.
 pub(super) fn report_stuck(address: VirtAddr) {
     say(format_args!(
