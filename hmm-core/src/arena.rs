@@ -13,6 +13,7 @@ use crate::sync::{Mutex, MutexGuard};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::alloc::{GlobalAlloc, Layout};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Address space reserved at first use; halved until the system grants it.
@@ -21,6 +22,10 @@ const SMALLEST_RESERVATION: usize = 64 << 20;
 const COMMIT_STEP: usize = 2 << 20;
 const MIN_CLASS: u32 = 4;
 const CLASSES: usize = 37;
+/// Objects that [`keep_object`] has room for.
+const OBJECTS: usize = 512;
+/// The two counts of an `Arc`.
+const ARC_HEADER: u64 = 16;
 /// Blocks from this size on return their memory when freed.
 const GIVE_BACK: usize = 128 << 10;
 
@@ -60,7 +65,7 @@ pub fn contains(address: VirtAddr) -> bool {
 }
 
 /// The arena's reserved addresses, if it was used at all.
-pub(crate) fn bounds() -> Option<(u64, u64)> {
+fn bounds() -> Option<(u64, u64)> {
     let (start, end) = (START.load(Ordering::Acquire), END.load(Ordering::Acquire));
     (start != 0).then_some((start as u64, end as u64))
 }
@@ -258,6 +263,60 @@ pub(crate) unsafe fn remove<T>(place: NonNull<T>) {
     unsafe { release(place.as_ptr().cast(), Layout::new::<T>()) };
 }
 
+/// A shared value in the arena: an `Arc` that never migrates, whatever the program's global allocator is.
+#[derive(Debug)]
+pub(crate) struct Shared<T>(NonNull<Counted<T>>);
+
+#[derive(Debug)]
+struct Counted<T> {
+    count: AtomicUsize,
+    value: T,
+}
+
+// SAFETY: like Arc: the value is shared between threads, and dropped by whichever lets go last.
+unsafe impl<T: Send + Sync> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// Moves a value into the arena; `None` when memory is short.
+    pub(crate) fn new(value: T) -> Option<Self> {
+        put(Counted { count: AtomicUsize::new(1), value }).map(Self)
+    }
+
+    /// Whether both are the same value.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        // SAFETY: the value lives as long as this reference counts.
+        unsafe { self.0.as_ref() }.count.fetch_add(1, Ordering::Relaxed);
+        Self(self.0)
+    }
+}
+
+impl<T> std::ops::Deref for Shared<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the value lives as long as this reference counts, and nobody has it exclusively.
+        &unsafe { self.0.as_ref() }.value
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        // SAFETY: this reference still counts.
+        let last = unsafe { self.0.as_ref() }.count.fetch_sub(1, Ordering::AcqRel) == 1;
+        if last {
+            // SAFETY: it was the last one, and the value came from `put`.
+            unsafe { remove(self.0) };
+        }
+    }
+}
+
 /// A fixed-size slice in the arena, dropped like a `Box<[T]>`.
 #[derive(Debug)]
 pub(crate) struct Buffer<T> {
@@ -306,6 +365,73 @@ impl<T> Drop for Buffer<T> {
             // SAFETY: the block came from `allocate` with this layout.
             unsafe { release(self.start.as_ptr().cast(), layout) };
         }
+    }
+}
+
+/// A list in the arena with a fixed room.
+#[derive(Debug)]
+pub(crate) struct List<T> {
+    room: Buffer<Option<T>>,
+    len: usize,
+}
+
+impl<T> List<T> {
+    /// An empty list; `None` when memory is short.
+    pub(crate) fn new(room: usize) -> Option<Self> {
+        Some(Self { room: Buffer::new(room, |_| None)?, len: 0 })
+    }
+
+    /// Appends a value, or gives it back when there is no room.
+    pub(crate) fn push(&mut self, value: T) -> Result<(), T> {
+        match self.room.get_mut(self.len) {
+            Some(place) => {
+                *place = Some(value);
+                self.len += 1;
+                Ok(())
+            }
+            None => Err(value),
+        }
+    }
+
+    /// Removes the first value that fits; the others keep their order.
+    pub(crate) fn remove_first(&mut self, fits: impl Fn(&T) -> bool) -> bool {
+        let Some(at) = self.iter().position(fits) else { return false };
+        self.room[at..self.len].rotate_left(1);
+        self.len -= 1;
+        self.room[self.len] = None;
+        true
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.room[..self.len].iter().flatten()
+    }
+}
+
+/// Long-lived objects of the library that lie in the program's heap, because the program holds them by `Arc`.
+static OUTSIDE: Mutex<[(u64, u64); OBJECTS]> = Mutex::new([(0, 0); OBJECTS]);
+
+/// Keeps an object (and the counts in front of it) from migrating, in every mm. False when there are too many.
+pub(crate) fn keep_object<T: ?Sized>(object: &Arc<T>) -> bool {
+    let start = VirtAddr::from_ptr(Arc::as_ptr(object)).get();
+    let end = start + size_of_val(&**object) as u64;
+    let mut outside = OUTSIDE.lock();
+    let place = outside.iter_mut().find(|place| place.0 == 0);
+    place.map(|place| *place = (start - ARC_HEADER, end)).is_some()
+}
+
+/// Undoes [`keep_object`]; called when the object is dropped.
+pub(crate) fn forget_object<T: ?Sized>(object: &T) {
+    let start = VirtAddr::from_ptr(object).get();
+    for place in OUTSIDE.lock().iter_mut().filter(|place| place.0 + ARC_HEADER == start) {
+        *place = (0, 0);
+    }
+}
+
+/// Reports the memory of the library that is needed on the fault path.
+pub(crate) fn each_own(mut report: impl FnMut(AddrRange)) {
+    bounds().into_iter().for_each(|(start, end)| report(AddrRange::from_bounds(start, end)));
+    for (start, end) in OUTSIDE.lock().iter().filter(|place| place.0 != 0) {
+        AddrRange::covering(*start, end - start).into_iter().for_each(&mut report);
     }
 }
 

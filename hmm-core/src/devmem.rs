@@ -4,7 +4,7 @@
 //! driver's `free`, once. (Kernels since v6.1 count like this; promises 47, 48, 53, 56.)
 
 use crate::addr::Pfn;
-use crate::arena::Buffer;
+use crate::arena::{self, Buffer};
 use crate::error::{Error, Result};
 use crate::limits::{DEVICE_WINDOW_SHIFT, DEVICES};
 use crate::ops::{DevmemOps, OwnerId};
@@ -62,6 +62,9 @@ impl Devmem {
                     removing: AtomicBool::new(false),
                     all_free: (Mutex::new(()), Condvar::new()),
                 });
+                if !arena::keep_object(&devmem) {
+                    break;
+                }
                 *place = Some(Arc::clone(&devmem));
                 return Ok(devmem);
             }
@@ -236,6 +239,12 @@ impl DoomedPages {
             devmem.put(Pfn::new(page));
             page = next;
         }
+    }
+}
+
+impl Drop for Devmem {
+    fn drop(&mut self) {
+        arena::forget_object(self);
     }
 }
 

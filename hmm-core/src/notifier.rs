@@ -6,6 +6,7 @@
 //! under its own lock asks whether the number still stands. (`mmu_interval_read_begin`, `_read_retry`.)
 
 use crate::addr::AddrRange;
+use crate::arena::{List, Shared};
 use crate::error::{Error, Result};
 use crate::limits::{DEADLINE, NOTIFIERS};
 use crate::ops::{Invalidation, NotifierOps};
@@ -42,8 +43,8 @@ pub(crate) struct Invalidating {
     first_later_id: u64,
 }
 
-struct List {
-    subscriptions: Vec<Arc<Subscription>>,
+struct State {
+    subscriptions: List<Shared<Subscription>>,
     next_id: u64,
     serial: u64,
     running: [usize; RUNNING],
@@ -51,7 +52,7 @@ struct List {
 
 /// All subscriptions of one mm.
 pub(crate) struct Notifiers {
-    list: Mutex<List>,
+    list: Mutex<State>,
     idle: Condvar,
 }
 
@@ -69,7 +70,7 @@ impl Subscription {
     }
 }
 
-impl List {
+impl State {
     fn is_running(&self, thread: usize) -> bool {
         self.running.contains(&thread)
     }
@@ -86,7 +87,11 @@ impl List {
         }
     }
 
-    fn next_to_call(&self, after: Option<u64>, what: &Invalidating) -> Option<Arc<Subscription>> {
+    fn next_to_call(
+        &self,
+        after: Option<u64>,
+        what: &Invalidating,
+    ) -> Option<Shared<Subscription>> {
         self.subscriptions
             .iter()
             .filter(|one| after.is_none_or(|id| one.id > id))
@@ -96,29 +101,26 @@ impl List {
 }
 
 impl Notifiers {
-    pub(crate) fn new() -> Self {
-        let list = List {
-            // Full capacity from the start: no allocation while lists are walked on the fault path.
-            subscriptions: Vec::with_capacity(NOTIFIERS),
+    pub(crate) fn new() -> Option<Self> {
+        let list = State {
+            subscriptions: List::new(NOTIFIERS)?,
             next_id: 0,
             serial: 0,
             running: [0; RUNNING],
         };
-        Self { list: Mutex::new(list), idle: Condvar::new() }
+        Some(Self { list: Mutex::new(list), idle: Condvar::new() })
     }
 
     pub(crate) fn insert(
         &self,
         range: AddrRange,
         ops: Option<Arc<dyn NotifierOps>>,
-    ) -> Result<Arc<Subscription>> {
+    ) -> Result<Shared<Subscription>> {
         let mut list = self.list.lock();
-        if list.subscriptions.len() >= NOTIFIERS {
-            return Err(Error::NoMemory { what: "too many notifiers and tracked ranges" });
-        }
         let id = list.next_id;
         list.next_id += 1;
-        let subscription = Arc::new(Subscription {
+        let no_memory = || Error::NoMemory { what: "notifiers" };
+        let subscription = Shared::new(Subscription {
             range,
             ops,
             id,
@@ -126,13 +128,15 @@ impl Notifiers {
             active: AtomicU64::new(0),
             dead_from: AtomicU64::new(u64::MAX),
             hull: [AtomicU64::new(u64::MAX), AtomicU64::new(0)],
-        });
-        list.subscriptions.push(Arc::clone(&subscription));
+        })
+        .ok_or_else(no_memory)?;
+        let full = |_| Error::NoMemory { what: "too many notifiers and tracked ranges" };
+        list.subscriptions.push(subscription.clone()).map_err(full)?;
         Ok(subscription)
     }
 
     /// Takes a subscription out and waits until none of its callbacks runs (promise 42).
-    pub(crate) fn remove(&self, subscription: &Arc<Subscription>) -> Result<()> {
+    pub(crate) fn remove(&self, subscription: &Shared<Subscription>) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         let mut list = self.list.lock();
         if subscription.active.load(Ordering::Relaxed) > 0 && list.is_running(this_thread()) {
@@ -154,16 +158,13 @@ impl Notifiers {
             }
             list = self.idle.wait_for(list, deadline.saturating_duration_since(Instant::now()));
         }
-        if let Some(at) = list.subscriptions.iter().position(|one| one.id == subscription.id) {
-            // Keeps the order by id, and the capacity.
-            list.subscriptions.remove(at);
-        }
+        list.subscriptions.remove_first(|one| one.id == subscription.id);
         Ok(())
     }
 
     /// Takes a subscription without callbacks out, at once: there is nothing to wait for.
     pub(crate) fn forget(&self, subscription: &Subscription) {
-        self.list.lock().subscriptions.retain(|one| one.id != subscription.id);
+        self.list.lock().subscriptions.remove_first(|one| one.id == subscription.id);
     }
 
     /// Every overlapping subscription becomes busy and its number changes. Runs no callback.
@@ -325,7 +326,7 @@ mod tests {
 
     #[test]
     fn numbers_change_only_for_overlapping_invalidations() {
-        let all = Notifiers::new();
+        let all = Notifiers::new().unwrap();
         let one = all.insert(AddrRange::new(0x1000, 0x3000).unwrap(), None).unwrap();
         let number = all.read_begin(&one).unwrap();
         let elsewhere = all.begin(update(0x3000, 0x4000));

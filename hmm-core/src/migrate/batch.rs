@@ -2,7 +2,7 @@
 
 use super::{MigrateRequest, cleared};
 use crate::addr::{AddrRange, Pfn, VirtAddr};
-use crate::arena::Buffer;
+use crate::arena::{Buffer, Shared};
 use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Select};
@@ -58,7 +58,7 @@ pub(super) struct Batch<'a> {
     pub(super) vma: &'a Vma,
     pub(super) owner: Option<OwnerId>,
     pub(super) range: AddrRange,
-    pub(super) flight: Arc<Flight>,
+    pub(super) flight: Shared<Flight>,
     pub(super) pages: Buffer<Page>,
     pub(super) blocks: [Option<Block>; BATCH_LEAVES],
     /// Destination pages whose entry failed: back to their drivers at the end.
@@ -84,7 +84,7 @@ impl<'a> Batch<'a> {
             vma,
             owner: request.owner,
             range,
-            flight: Arc::new(flight),
+            flight,
             pages: Buffer::new(range.pages(), |_| blank).ok_or_else(no_memory)?,
             blocks: [None; BATCH_LEAVES],
             rejected: None,

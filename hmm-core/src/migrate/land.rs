@@ -177,12 +177,13 @@ impl Batch<'_> {
 
     /// The page is in system memory again (or its place is gone). The layout lock may be held for reading.
     fn gave(&mut self, index: usize) {
-        let came_home = self.pages[index].fate == Fate::ToSystem;
-        let kept = self.install(index, Entry::SYSTEM);
-        if came_home {
+        if self.pages[index].fate == Fate::ToSystem {
+            // Counted while the page is still locked: whoever finds it unlocked finds it counted.
+            let kept = self.flight.address(index).is_some();
             Stats::subtract(&self.mm.stats.device_pages, 1);
             Stats::add(&self.mm.stats.migrated_to_system, usize::from(kept));
         }
+        self.install(index, Entry::SYSTEM);
     }
 
     /// No memory for a page that comes home: it stays on its device. Contents that only a frame has can go nowhere:

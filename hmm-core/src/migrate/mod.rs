@@ -120,7 +120,7 @@ impl Mm {
         batch.describe(src);
         let candidates = src.iter().filter(|page| page.migrates()).count();
         if candidates > 0 {
-            let flight = &*Arc::clone(&batch.flight);
+            let flight = &*batch.flight.clone();
             ops.alloc_and_copy(&mut MigrateBatch { mm: self, vma, range, src, dst, flight });
             batch.decide(src, dst);
             ops.finalize_and_map(&MigrateBatch { mm: self, vma, range, src, dst, flight });

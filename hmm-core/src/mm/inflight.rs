@@ -6,11 +6,10 @@
 
 use super::page_table::{Entry, Place};
 use crate::addr::{AddrRange, VirtAddr};
-use crate::arena::Buffer;
+use crate::arena::{Buffer, Shared};
 use crate::limits::MIGRATIONS;
 use crate::sync::{Condvar, Mutex};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -42,13 +41,13 @@ impl Flight {
         range: AddrRange,
         thread: usize,
         keep: [Option<AddrRange>; 3],
-    ) -> Option<Self> {
+    ) -> Option<Shared<Self>> {
         let pages = Buffer::new(range.pages(), |_| PageInFlight {
             address: AtomicU64::new(0),
             frame: AtomicU64::new(0),
         })?;
         let thread_id = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        Some(Self { range, thread, thread_id, keep, pages, moved: AtomicBool::new(false) })
+        Shared::new(Self { range, thread, thread_id, keep, pages, moved: AtomicBool::new(false) })
     }
 
     /// Where page `index` is now, if the migration still holds it.
@@ -101,7 +100,7 @@ impl Flight {
 
 /// All migrations of one mm.
 pub(crate) struct InFlight {
-    flights: Mutex<[Option<Arc<Flight>>; MIGRATIONS]>,
+    flights: Mutex<[Option<Shared<Flight>>; MIGRATIONS]>,
     landed: Condvar,
 }
 
@@ -111,12 +110,12 @@ impl InFlight {
     }
 
     /// Registers a migration; waits for a place at most so long. False when none came free.
-    pub(crate) fn add(&self, flight: &Arc<Flight>, time: Duration) -> bool {
+    pub(crate) fn add(&self, flight: &Shared<Flight>, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         let mut flights = self.flights.lock();
         loop {
             if let Some(place) = flights.iter_mut().find(|place| place.is_none()) {
-                *place = Some(Arc::clone(flight));
+                *place = Some(flight.clone());
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -142,10 +141,10 @@ impl InFlight {
         })
     }
 
-    pub(crate) fn remove(&self, flight: &Arc<Flight>) {
+    pub(crate) fn remove(&self, flight: &Shared<Flight>) {
         let mut flights = self.flights.lock();
         for place in flights.iter_mut() {
-            if place.as_ref().is_some_and(|one| Arc::ptr_eq(one, flight)) {
+            if place.as_ref().is_some_and(|one| one.is_same(flight)) {
                 *place = None;
             }
         }
@@ -170,7 +169,7 @@ impl InFlight {
     }
 
     /// The flight that the calling thread has under way and that covers an address.
-    pub(crate) fn of_thread(&self, thread: usize, address: VirtAddr) -> Option<Arc<Flight>> {
+    pub(crate) fn of_thread(&self, thread: usize, address: VirtAddr) -> Option<Shared<Flight>> {
         let flights = self.flights.lock();
         let mut mine = flights.iter().flatten().filter(|one| one.thread == thread);
         mine.find(|one| one.range.contains(address)).cloned()

@@ -15,7 +15,7 @@ pub(crate) use fork_gate::next_generation;
 pub use vma::{MmapLock, Vma};
 
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
-use crate::arena;
+use crate::arena::{self, Shared};
 use crate::engine::{Engine, FaultSink};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
@@ -71,14 +71,17 @@ impl Mm {
     /// What the engine says when it cannot start; `NoMemory`.
     pub fn with_engine(engine: Arc<dyn Engine>) -> Result<Arc<Self>> {
         let frames = Frames::new(&*engine)?;
-        let table = PageTable::new().ok_or(Error::NoMemory { what: "page table" })?;
+        let no_memory = || Error::NoMemory { what: "lists of the mm" };
+        let table = PageTable::new().ok_or_else(no_memory)?;
+        let notifiers = Notifiers::new().ok_or_else(no_memory)?;
+        let pins = Pins::new().ok_or_else(no_memory)?;
         let mm = Arc::new_cyclic(|me| Self {
             engine,
             table,
-            notifiers: Notifiers::new(),
+            notifiers,
             frames,
             inflight: InFlight::new(),
-            pins: Pins::new(),
+            pins,
             tickets: Tickets::new(),
             removed: RecentlyRemoved::new(),
             stats: Stats::default(),
@@ -90,8 +93,10 @@ impl Mm {
             generation: fork_gate::generation(),
             me: Weak::clone(me),
         });
-        // In a Rust program the mm itself lies in the ordinary heap: it must not migrate.
-        mm.pin_object(&*mm)?;
+        // In a Rust program both lie in the ordinary heap, and must not migrate.
+        if !arena::keep_object(&mm) || !arena::keep_object(&mm.engine) {
+            return Err(Error::NoMemory { what: "places for objects of the library (512)" });
+        }
         mm.pins.insert(mm.frames.area())?;
         arena::own_segments(&mut |segment| _ = mm.pins.insert(segment));
         let sink: Arc<dyn FaultSink> = Arc::clone(&mm) as Arc<dyn FaultSink>;
@@ -119,12 +124,6 @@ impl Mm {
 
     pub(crate) fn arc(&self) -> Option<Arc<Self>> {
         self.me.upgrade()
-    }
-
-    /// Keeps the pages that hold an object of the library's own where they are.
-    fn pin_object<T>(&self, object: &T) -> Result<()> {
-        let address = VirtAddr::from_ptr(object).get();
-        self.pins.insert(AddrRange::covering(address, std::mem::size_of::<T>() as u64)?)
     }
 
     /// `Gone` once the mm is closed.
@@ -318,6 +317,8 @@ impl Mm {
 
 impl Drop for Mm {
     fn drop(&mut self) {
+        arena::forget_object(self);
+        arena::forget_object(&*self.engine);
         if !self.is_inherited() {
             self.engine.stop();
         }
@@ -334,7 +335,7 @@ impl fmt::Debug for Mm {
 #[derive(Debug)]
 pub struct Notifier {
     mm: Arc<Mm>,
-    subscription: Arc<Subscription>,
+    subscription: Shared<Subscription>,
 }
 
 impl Notifier {
@@ -366,7 +367,7 @@ impl Notifier {
 #[derive(Debug)]
 pub struct RangeTracker {
     mm: Arc<Mm>,
-    subscription: Arc<Subscription>,
+    subscription: Shared<Subscription>,
 }
 
 impl RangeTracker {

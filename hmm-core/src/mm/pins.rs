@@ -1,46 +1,36 @@
 //! Pinned ranges: memory that never migrates because the fault path, or a driver's callback, needs it.
 
 use crate::addr::AddrRange;
-use crate::arena;
+use crate::arena::{self, List};
 use crate::error::{Error, Result};
 use crate::limits::PINS;
 use crate::sync::Mutex;
 
 /// The pins of one mm. Counted: a range pinned twice must be unpinned twice.
 #[derive(Debug)]
-pub(crate) struct Pins(Mutex<Vec<AddrRange>>);
+pub(crate) struct Pins(Mutex<List<AddrRange>>);
 
 impl Pins {
-    pub(crate) fn new() -> Self {
-        Self(Mutex::new(Vec::with_capacity(PINS)))
+    pub(crate) fn new() -> Option<Self> {
+        Some(Self(Mutex::new(List::new(PINS)?)))
     }
 
     pub(crate) fn insert(&self, range: AddrRange) -> Result<()> {
-        let mut pins = self.0.lock();
-        if pins.len() >= PINS {
-            return Err(Error::NoMemory { what: "pinned ranges (4096)" });
-        }
-        pins.push(range);
-        Ok(())
+        let full = |_| Error::NoMemory { what: "pinned ranges (4096)" };
+        self.0.lock().push(range).map_err(full)
     }
 
     pub(crate) fn remove(&self, range: AddrRange) -> Result<()> {
-        let mut pins = self.0.lock();
-        let at = pins
-            .iter()
-            .position(|pin| *pin == range)
-            .ok_or_else(|| Error::invalid(range.start().get(), "this exact range is not pinned"))?;
-        pins.swap_remove(at);
-        Ok(())
+        if self.0.lock().remove_first(|pin| *pin == range) {
+            return Ok(());
+        }
+        Err(Error::invalid(range.start().get(), "this exact range is not pinned"))
     }
 
     /// Reports every part of `range` that must stay where it is.
     pub(crate) fn within(&self, range: AddrRange, mut report: impl FnMut(AddrRange)) {
-        for pin in self.0.lock().iter() {
-            pin.intersect(range).into_iter().for_each(&mut report);
-        }
-        if let Some((start, end)) = arena::bounds() {
-            AddrRange::from_bounds(start, end).intersect(range).into_iter().for_each(report);
-        }
+        let mut common = |pin: AddrRange| pin.intersect(range).into_iter().for_each(&mut report);
+        self.0.lock().iter().for_each(|pin| common(*pin));
+        arena::each_own(common);
     }
 }

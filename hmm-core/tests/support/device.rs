@@ -6,7 +6,7 @@ use hmm_core::{
     Invalidation, MigrateBatch, MigrateFlags, MigrateOps, MigratePfn, MigrateRequest, Mm, Notifier,
     NotifierOps, OwnerId, PAGE_SIZE, Pfn, PfnEntry, PfnFlags, RangeRequest, Select, VirtAddr,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -31,12 +31,18 @@ pub(crate) struct Driver {
     /// `None`: free.
     memory: Mutex<Vec<Option<Box<Bytes>>>>,
     table: Mutex<BTreeMap<u64, Mirrored>>,
+    /// Pages whose contents the device cannot return.
+    lost: Mutex<BTreeSet<Pfn>>,
+    /// CPU faults that are still to fail for want of memory.
+    pub(crate) short_of_memory: AtomicUsize,
     breaches: Mutex<Vec<String>>,
     releases: AtomicUsize,
     freed: AtomicUsize,
     /// Pages that a CPU fault brings home at most.
     pub(crate) fault_around: AtomicUsize,
     pub(crate) interruption: Mutex<Option<Interruption>>,
+    /// The same, but after the outcome was decided, and before the device's table follows.
+    pub(crate) late_interruption: Mutex<Option<Interruption>>,
 }
 
 /// A device: its driver, its memory and its mirror of one range.
@@ -60,6 +66,12 @@ impl Driver {
         Some(Pfn::new(self.first.get()?.get() + index as u64))
     }
 
+    fn give_up(&self, page: Pfn) {
+        if let Some(index) = self.index_of(page) {
+            self.memory.lock().unwrap()[index] = None;
+        }
+    }
+
     fn index_of(&self, page: Pfn) -> Option<usize> {
         usize::try_from(page.get().checked_sub(self.first.get()?.get())?).ok()
     }
@@ -72,6 +84,10 @@ impl Driver {
 
     pub(crate) fn contents(&self, page: Pfn) -> Option<Box<Bytes>> {
         self.with_page(page, |bytes| Box::new(*bytes))
+    }
+
+    fn is_lost(&self, page: Pfn) -> bool {
+        self.lost.lock().unwrap().contains(&page)
     }
 
     fn forget(&self, range: AddrRange) {
@@ -103,6 +119,7 @@ impl NotifierOps for Driver {
 impl DevmemOps for Driver {
     fn free(&self, _: &Devmem, page: Pfn) {
         self.freed.fetch_add(1, Ordering::Relaxed);
+        self.lost.lock().unwrap().remove(&page);
         let index = self.index_of(page);
         let mut memory = self.memory.lock().unwrap();
         match index.and_then(|index| memory.get_mut(index)).map(Option::take) {
@@ -115,6 +132,13 @@ impl DevmemOps for Driver {
     fn fault(&self, _: &Devmem, fault: &CpuFault<'_>) -> Result<(), FaultError> {
         if self.contents(fault.page).is_none() {
             self.breach(format!("fault at {} on {:?}, which is free", fault.addr, fault.page));
+        }
+        let short = |count: usize| count.checked_sub(1);
+        if self.short_of_memory.fetch_update(Ordering::Relaxed, Ordering::Relaxed, short).is_ok() {
+            return Err(FaultError::OutOfMemory);
+        }
+        if self.is_lost(fault.page) {
+            return Err(FaultError::SigBus);
         }
         let around = self.fault_around.load(Ordering::Relaxed).max(1) as u64;
         let end = fault.addr.get() + around * PAGE_SIZE as u64;
@@ -154,6 +178,10 @@ impl MigrateOps for ToSystem<'_> {
         for index in 0..batch.src.len() {
             let src = batch.src[index];
             let Some(page) = src.pfn().filter(|_| src.migrates()) else { continue };
+            if self.driver.is_lost(page) {
+                batch.dst[index] = MigratePfn::bare(MigrateFlags::ERROR);
+                continue;
+            }
             let Some(bytes) = self.driver.contents(page) else {
                 self.driver.breach(format!("asked to bring {page:?} home, which is free"));
                 continue;
@@ -165,6 +193,7 @@ impl MigrateOps for ToSystem<'_> {
         happen(&self.driver.interruption);
     }
     fn finalize_and_map(&mut self, batch: &MigrateBatch<'_>) {
+        happen(&self.driver.late_interruption);
         self.moved += batch.src.iter().filter(|src| src.migrates()).count();
     }
 }
@@ -176,6 +205,15 @@ struct ToDevice<'a> {
     /// One candidate in so many is left where it is; 0: none.
     leave: usize,
     moved: usize,
+    /// Pages that the library does not know of yet.
+    allocated: Vec<Pfn>,
+}
+
+impl Drop for ToDevice<'_> {
+    /// After a panic in `alloc_and_copy`: what was never handed over is still the driver's.
+    fn drop(&mut self) {
+        self.allocated.drain(..).for_each(|page| self.driver.give_up(page));
+    }
 }
 
 impl ToDevice<'_> {
@@ -203,12 +241,15 @@ impl MigrateOps for ToDevice<'_> {
             }
             let Some(bytes) = self.source(src) else { continue };
             let Some(page) = self.driver.allocate(&bytes) else { break };
+            self.allocated.push(page);
             batch.dst[index] = MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
         }
         happen(&self.driver.interruption);
     }
 
     fn finalize_and_map(&mut self, batch: &MigrateBatch<'_>) {
+        self.allocated.clear();
+        happen(&self.driver.late_interruption);
         let mut table = self.driver.table.lock().unwrap();
         for (index, (src, dst)) in batch.src.iter().zip(&*batch.dst).enumerate() {
             let Some(page) = dst.pfn().filter(|_| src.migrates()) else { continue };
@@ -242,11 +283,14 @@ impl Device {
             first: OnceLock::new(),
             memory: Mutex::new(vec![None; pages]),
             table: Mutex::default(),
+            lost: Mutex::default(),
+            short_of_memory: AtomicUsize::new(0),
             breaches: Mutex::default(),
             releases: AtomicUsize::new(0),
             freed: AtomicUsize::new(0),
             fault_around: AtomicUsize::new(1),
             interruption: Mutex::new(None),
+            late_interruption: Mutex::new(None),
         });
         let devmem = Devmem::add(driver.clone(), owner, pages)?;
         driver.first.set(devmem.pfn_first()).unwrap();
@@ -279,7 +323,8 @@ impl Device {
         leave: usize,
     ) -> Result<usize, Error> {
         let request = MigrateRequest { range, select, owner, fault_page: None };
-        let mut ops = ToDevice { driver: &self.driver, peers, leave, moved: 0 };
+        let mut ops =
+            ToDevice { driver: &self.driver, peers, leave, moved: 0, allocated: Vec::new() };
         migrate(&self.mm, &request, &mut ops)?;
         Ok(ops.moved)
     }
@@ -377,6 +422,12 @@ impl Device {
     /// The driver learned from elsewhere that the protection of a range changed: no event tells (DESIGN: mprotect).
     pub(crate) fn forget(&self, range: AddrRange) {
         self.driver.forget(range);
+    }
+
+    /// The device cannot return what it holds of a page.
+    pub(crate) fn lose(&self, page: VirtAddr) {
+        let mapped = self.mirrored()[&page.get()];
+        self.driver.lost.lock().unwrap().insert(mapped.page);
     }
 
     /// The device's page table.

@@ -12,7 +12,8 @@ pub(crate) type Bytes = [u8; PAGE_SIZE];
 
 /// A program's memory. All of it is private and anonymous.
 pub(crate) trait CpuMemory: Send + Sync {
-    /// Address space with nothing in it, in which page `boundary` begins a leaf (2 MiB).
+    /// Address space with nothing in it, in which page `boundary` begins a leaf (2 MiB). All of the leaves that it
+    /// touches are the caller's.
     fn reserve(&self, pages: usize, boundary: usize) -> AddrRange;
     /// Maps memory, readable and writable, over whatever is there.
     fn map(&self, range: AddrRange);

@@ -38,8 +38,20 @@ pub(crate) enum Change {
     Map(Span),
     Unmap(Span),
     Drop(Span),
-    Move { from: Span, to: usize },
-    Protect { span: Span, writable: bool },
+    Move {
+        from: Span,
+        to: usize,
+    },
+    /// Moves, and stores a byte at the new place.
+    MoveAndStore {
+        from: Span,
+        to: usize,
+        seed: u8,
+    },
+    Protect {
+        span: Span,
+        writable: bool,
+    },
     Store(Bytes),
 }
 
@@ -96,7 +108,16 @@ pub(crate) enum Step {
         device: usize,
         span: Span,
         home: bool,
+        /// After its outcome was decided, not before.
+        late: bool,
         change: Change,
+    },
+    /// The driver panics in the middle of a migration.
+    Panic {
+        device: usize,
+        span: Span,
+        home: bool,
+        late: bool,
     },
     /// The process changes its memory while the library is at the `calls`-th call of its engine.
     Interrupted {
@@ -176,12 +197,13 @@ fn change_inside(span: Span) -> impl Strategy<Value = Change> {
         len: 1,
         seed,
     });
-    (part, page(), bytes, 0..8_u8).prop_map(|(part, to, bytes, which)| match which {
+    (part, page(), bytes, 0..9_u8).prop_map(|(part, to, bytes, which)| match which {
         0 => Change::Map(part),
         1 => Change::Unmap(part),
         2 => Change::Drop(part),
         3 => Change::Protect { span: part, writable: false },
         4 => Change::Move { from: part, to },
+        5 => Change::MoveAndStore { from: part, to, seed: bytes.seed },
         _ => Change::Store(bytes),
     })
 }
@@ -217,11 +239,15 @@ fn migration() -> impl Strategy<Value = Step> {
         2 => (device(), span()).prop_map(|(device, span)| Step::Home { device, span }),
         1 => (device(), span()).prop_map(|(device, span)| Step::Pull { device, span }),
         5 => interrupted(),
+        1 => (device(), span(), any::<bool>(), any::<bool>())
+            .prop_map(|(device, span, home, late)| Step::Panic { device, span, home, late }),
         2 => (device(), span(), any::<bool>(), change())
-            .prop_map(|(device, span, home, change)| Step::During { device, span, home, change }),
+            .prop_map(|(device, span, home, change)| {
+                Step::During { device, span, home, late: false, change }
+            }),
         3 => (device(), span(), any::<bool>()).prop_flat_map(|(device, span, home)| {
-            change_inside(span)
-                .prop_map(move |change| Step::During { device, span, home, change })
+            (any::<bool>(), change_inside(span))
+                .prop_map(move |(late, change)| Step::During { device, span, home, late, change })
         }),
     ]
 }

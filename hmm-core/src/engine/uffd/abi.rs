@@ -152,6 +152,7 @@ const _: () = {
 const UFFD: u8 = 0xAA;
 const UFFDIO_API: Opcode = opcode::read_write::<ApiRequest>(UFFD, 0x3F);
 const UFFDIO_REGISTER: Opcode = opcode::read_write::<Register>(UFFD, 0x00);
+const UFFDIO_UNREGISTER: Opcode = opcode::read::<Range>(UFFD, 0x01);
 const UFFDIO_WAKE: Opcode = opcode::read::<Range>(UFFD, 0x02);
 const UFFDIO_COPY: Opcode = opcode::read_write::<Transfer>(UFFD, 0x03);
 const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<Fill>(UFFD, 0x04);
@@ -174,6 +175,7 @@ macro_rules! call {
 call!(/// Negotiates features; once per descriptor.
     api, UFFDIO_API, ApiRequest);
 call!(register, UFFDIO_REGISTER, Register);
+call!(unregister, UFFDIO_UNREGISTER, Range);
 call!(wake, UFFDIO_WAKE, Range);
 call!(copy, UFFDIO_COPY, Transfer);
 call!(zero_page, UFFDIO_ZEROPAGE, Fill);

@@ -13,6 +13,7 @@ mod watch;
 
 use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch};
 use crate::addr::{AddrRange, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, VirtAddr};
+use crate::arena::Shared;
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
 use crate::limits::DEADLINE;
@@ -42,10 +43,10 @@ impl ZeroPages {
 /// Userfaultfd with MOVE and events.
 #[derive(Debug)]
 pub struct UffdEngine {
-    descriptor: Arc<OwnedFd>,
+    descriptor: Shared<OwnedFd>,
     features: u64,
     view: KernelView,
-    layout: Arc<LayoutLock>,
+    layout: Shared<LayoutLock>,
     service: Service,
     frame_areas: Mutex<Vec<AddrRange>>,
 }
@@ -57,9 +58,10 @@ impl UffdEngine {
     /// `Unsupported` with the reason and what would help.
     pub fn open() -> Result<Self> {
         let (descriptor, features) = open::open()?;
-        let descriptor = Arc::new(descriptor);
-        let layout = Arc::new(LayoutLock::default());
-        let service = Service::new(Arc::clone(&descriptor), Arc::clone(&layout))?;
+        let no_memory = || Error::NoMemory { what: "the engine's state" };
+        let descriptor = Shared::new(descriptor).ok_or_else(no_memory)?;
+        let layout = Shared::new(LayoutLock::default()).ok_or_else(no_memory)?;
+        let service = Service::new(descriptor.clone(), layout.clone())?;
         let (view, frame_areas) = (KernelView::open()?, Mutex::new(Vec::new()));
         Ok(Self { descriptor, features, view, layout, service, frame_areas })
     }
@@ -68,8 +70,21 @@ impl UffdEngine {
     /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
     fn close_descriptor(&self) {
         let other = self.service.stop_descriptor().as_raw_fd();
+        let mine = self.descriptor.as_raw_fd();
         // SAFETY: both numbers are open descriptors of this engine.
-        unsafe { libc::dup3(other, self.descriptor.as_raw_fd(), libc::O_CLOEXEC) };
+        if unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) } < 0 {
+            // Its number is above a limit that was lowered meanwhile.
+            self.unregister_everything();
+        }
+    }
+
+    fn unregister_everything(&self) {
+        let mut next = VirtAddr::new(0);
+        while let Ok(Some(mapping)) = self.view.mapping_at(next) {
+            // Mappings that were never registered refuse.
+            let _ = abi::unregister(&*self.descriptor, &mut raw(mapping.range));
+            next = mapping.range.end();
+        }
     }
 
     fn move_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {

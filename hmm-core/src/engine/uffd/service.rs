@@ -6,6 +6,7 @@
 use super::abi::{self, Message, Range};
 use super::watch;
 use crate::addr::{AddrRange, VirtAddr};
+use crate::arena::Shared;
 use crate::engine::{FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution};
 use crate::error::{Error, Result};
 use crate::limits::{EVENT_BATCH, STUCK};
@@ -27,7 +28,7 @@ const MISSES: usize = 64;
 /// The threads and what they share.
 #[derive(Debug)]
 pub(super) struct Service {
-    shared: Arc<Shared>,
+    shared: Shared<Common>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -36,9 +37,9 @@ struct Stuck {
     address: u64,
 }
 
-struct Shared {
-    descriptor: Arc<OwnedFd>,
-    layout: Arc<LayoutLock>,
+struct Common {
+    descriptor: Shared<OwnedFd>,
+    layout: Shared<LayoutLock>,
     sink: RwLock<Option<Arc<dyn FaultSink>>>,
     stop: OwnedFd,
     /// pthread handles and kernel ids of the service threads.
@@ -56,17 +57,17 @@ struct Work {
     since: AtomicU64,
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for Common {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Shared")
+        f.write_str("Common")
     }
 }
 
 impl Service {
-    pub(super) fn new(descriptor: Arc<OwnedFd>, layout: Arc<LayoutLock>) -> Result<Self> {
+    pub(super) fn new(descriptor: Shared<OwnedFd>, layout: Shared<LayoutLock>) -> Result<Self> {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))?;
-        let shared = Shared {
+        let shared = Common {
             descriptor,
             layout,
             sink: RwLock::new(None),
@@ -75,14 +76,16 @@ impl Service {
             ids: [const { AtomicU32::new(0) }; THREADS],
             work: std::array::from_fn(|_| Work::default()),
         };
-        Ok(Self { shared: Arc::new(shared), threads: Mutex::new(Vec::new()) })
+        let no_memory = Error::NoMemory { what: "the service threads' state" };
+        let shared = Shared::new(shared).ok_or(no_memory)?;
+        Ok(Self { shared, threads: Mutex::new(Vec::new()) })
     }
 
     pub(super) fn start(&self, sink: Arc<dyn FaultSink>) -> Result<()> {
         *self.shared.sink.write() = Some(sink);
         let mut threads = self.threads.lock();
         for (number, cpu) in usable_cpus().into_iter().take(THREADS - 1).enumerate() {
-            let shared = Arc::clone(&self.shared);
+            let shared = self.shared.clone();
             let spawned = std::thread::Builder::new()
                 .name(format!("hmm-uffd/{cpu}"))
                 .stack_size(STACK)
@@ -90,7 +93,7 @@ impl Service {
             threads.push(spawned.map_err(cannot_start)?);
         }
         let number = threads.len();
-        let shared = Arc::clone(&self.shared);
+        let shared = self.shared.clone();
         let watch = std::thread::Builder::new().name("hmm-watch".into()).stack_size(STACK);
         threads.push(watch.spawn(move || shared.watch(number)).map_err(cannot_start)?);
         drop(threads);
@@ -152,7 +155,7 @@ fn usable_cpus() -> Vec<usize> {
     if cpus.is_empty() { vec![0] } else { cpus }
 }
 
-impl Shared {
+impl Common {
     fn run(&self, number: usize, cpu: usize) {
         // If this thread disappeared, every later fault would hang: a panic ends the process.
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

@@ -5,7 +5,7 @@ use super::interrupted::Moment;
 use super::memory::CpuMemory;
 use super::steps::{BOUNDARY, Bytes, DEVICES, PAGES, Span, Step};
 use hmm_core::engine::model::{ModelFaults, PageCondition};
-use hmm_core::{AddrRange, Error, Mm, PAGE_SIZE, VirtAddr};
+use hmm_core::{AddrRange, Error, LEAF_SIZE, Mm, PAGE_SIZE, VirtAddr};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -82,6 +82,12 @@ fn data_of(bytes: Bytes) -> Vec<u8> {
     (0..bytes.len).map(|index| bytes.seed.wrapping_add(index as u8)).collect()
 }
 
+/// The leaves in which an area lies; nothing else does.
+fn leaves_around(area: AddrRange) -> AddrRange {
+    let start = area.start().get() / LEAF_SIZE * LEAF_SIZE;
+    AddrRange::new(start, area.end().get().next_multiple_of(LEAF_SIZE)).unwrap()
+}
+
 impl World {
     /// A world on `mm`, which manages `memory`. `faults` is what goes wrong while a step has switched trouble on;
     /// `moment` belongs to the engine, if that can be interrupted.
@@ -92,7 +98,8 @@ impl World {
         moment: Option<Arc<Moment>>,
     ) -> Result<Self, Error> {
         let area = memory.reserve(PAGES, BOUNDARY);
-        memory.map(area);
+        // Whole leaves, so that the library may watch them as such.
+        memory.map(leaves_around(area));
         let mut world = Self {
             memory,
             mm,
@@ -176,7 +183,10 @@ impl World {
             Step::Migrate { device, span, leave } => self.migrate(device, span, leave),
             Step::Home { device, span } => self.home(device, span),
             Step::Pull { device, span } => self.pull(device, span),
-            Step::During { device, span, home, change } => self.during(device, span, home, change),
+            Step::During { device, span, home, late, change } => {
+                self.during(device, span, home, late, change)
+            }
+            Step::Panic { device, span, home, late } => self.panic(device, span, home, late),
             Step::Interrupted { calls, change, verb } => self.interrupted(calls, change, verb),
             Step::Snapshot { span, owner } => self.snapshot(span, owner),
             Step::RangeFault { span, owner, write } => self.range_fault(span, owner, write),
@@ -225,6 +235,7 @@ impl World {
             device.remove().map_err(|error| format!("device {number}: {error}"))?;
         }
         self.devices.clear();
+        self.memory.unmap(leaves_around(self.area));
         Ok(())
     }
 }

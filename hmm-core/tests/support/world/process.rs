@@ -9,10 +9,11 @@ impl World {
         match change {
             Change::Map(_) | Change::Unmap(_) => true,
             Change::Drop(span) | Change::Protect { span, .. } => self.is_mapped(span),
-            Change::Move { from, to } => {
+            Change::Move { from, to } | Change::MoveAndStore { from, to, .. } => {
                 let fits = to + from.count <= PAGES;
                 let apart = to + from.count <= from.first || from.first + from.count <= to;
-                fits && apart && self.is_mapped(from)
+                let stores = matches!(change, Change::MoveAndStore { .. });
+                fits && apart && self.is_mapped(from) && (!stores || self.is_writable(from))
             }
             Change::Store(bytes) => {
                 parts(bytes).all(|(page, ..)| self.is_writable(Span { first: page, count: 1 }))
@@ -46,6 +47,10 @@ impl World {
                     page.writable = writable;
                 }
             }
+            Change::MoveAndStore { from, to, seed } => {
+                self.note(Change::Move { from, to });
+                self.note_store(Bytes { at: to * PAGE_SIZE, len: 1, seed });
+            }
             Change::Store(bytes) => self.note_store(bytes),
         }
     }
@@ -69,6 +74,10 @@ impl World {
                 Change::Unmap(span) => memory.unmap(range(span)),
                 Change::Drop(span) => memory.drop_contents(range(span)),
                 Change::Move { from, to } => memory.remap(range(from), area.page_at(to)),
+                Change::MoveAndStore { from, to, seed } => {
+                    memory.remap(range(from), area.page_at(to));
+                    memory.store(area.page_at(to), &[seed])?;
+                }
                 Change::Protect { span, writable } => memory.protect(range(span), writable),
                 Change::Store(bytes) => {
                     let data = data_of(bytes);

@@ -3,7 +3,8 @@
 use super::{Check, World};
 use crate::support::device::{Interruption, happen};
 use crate::support::steps::{Change, DEVICES, Span, Verb};
-use hmm_core::{Access, Error, PAGE_SIZE, PfnEntry, RangeRequest};
+use hmm_core::{Access, Error, PAGE_SIZE, PfnEntry, RangeRequest, Residency};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,13 +24,15 @@ impl World {
         device: usize,
         span: Span,
         home: bool,
+        late: bool,
         change: Change,
     ) -> Check {
         if !self.is_possible(change) {
             return Ok(());
         }
         let running = Running::default();
-        let slot = &self.devices[device].driver.interruption;
+        let driver = self.devices[device].driver.clone();
+        let slot = if late { &driver.late_interruption } else { &driver.interruption };
         *slot.lock().unwrap() = Some(self.interruption(change, &running, UNHINDERED));
         let range = self.range(span);
         let result = if home {
@@ -37,9 +40,37 @@ impl World {
         } else {
             self.devices[device].migrate(range, 0)
         };
-        happen(&self.devices[device].driver.interruption);
+        happen(slot);
         self.changed(change, &running)?;
         self.tolerate("migration", result)
+    }
+
+    /// A migration whose callback panics: every page stays what it was.
+    pub(super) fn panic(&mut self, device: usize, span: Span, home: bool, late: bool) -> Check {
+        let before = self.residency()?;
+        let driver = self.devices[device].driver.clone();
+        let slot = if late { &driver.late_interruption } else { &driver.interruption };
+        // Unwinds without the message that a panic prints.
+        *slot.lock().unwrap() = Some(Box::new(|| resume_unwind(Box::new("a callback gave up"))));
+        let range = self.range(span);
+        let (device, result) = (&self.devices[device], Mutex::new(None));
+        let unwound = catch_unwind(AssertUnwindSafe(|| {
+            let done = if home { device.bring_home(range) } else { device.migrate(range, 0) };
+            *result.lock().unwrap() = Some(done);
+        }));
+        *slot.lock().unwrap() = None;
+        if unwound.is_err() {
+            let after = self.residency()?;
+            let moved = |page: &usize| {
+                matches!(before[*page], Residency::Device(_)) && before[*page] != after[*page]
+            };
+            let wrong = span.pages().find(moved);
+            ensure!(wrong.is_none(), "page {wrong:?} left its device in a migration that failed");
+        }
+        match result.into_inner().unwrap() {
+            Some(result) => self.judge("migrate", result, self.is_one_vma(span)).map(|_| ()),
+            None => Ok(()),
+        }
     }
 
     /// Something of the library, interrupted at one of its engine's calls.
@@ -156,8 +187,8 @@ impl World {
             let deadline = Instant::now() + time;
             let waits = |thread: &JoinHandle<_>| {
                 // A store that waits for this migration cannot end before it.
-                let parked =
-                    matches!(change, Change::Store(_)) && mm.counters().cpu_faults > faults;
+                let stores = matches!(change, Change::Store(_) | Change::MoveAndStore { .. });
+                let parked = stores && mm.counters().cpu_faults > faults;
                 !thread.is_finished() && !parked
             };
             while waits(&thread) && Instant::now() < deadline {
