@@ -114,6 +114,8 @@ impl Mm {
         src: &mut [MigratePfn],
         dst: &mut [MigratePfn],
     ) -> Result<()> {
+        // Signals stay off in the callbacks too: a handler that touches a page of this batch would wait for itself.
+        let _inside = self.enter();
         let keep = [memory_of(src), memory_of(dst)];
         let mut batch = Batch::hold(self, vma, request, range, keep)?;
         batch.take_contents()?;
@@ -121,9 +123,11 @@ impl Mm {
         let candidates = src.iter().filter(|page| page.migrates()).count();
         if candidates > 0 {
             let flight = &*batch.flight.clone();
-            ops.alloc_and_copy(&mut MigrateBatch { mm: self, vma, range, src, dst, flight });
+            let mut seen = MigrateBatch { mm: self, vma, range, src: &*src, dst, flight };
+            ops.alloc_and_copy(&mut seen);
             batch.decide(src, dst);
-            ops.finalize_and_map(&MigrateBatch { mm: self, vma, range, src, dst, flight });
+            let seen = MigrateBatch { mm: self, vma, range, src, dst, flight };
+            ops.finalize_and_map(&seen);
         }
         batch.land();
         let moved = src.iter().filter(|page| page.migrates()).count();

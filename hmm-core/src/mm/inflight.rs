@@ -98,15 +98,37 @@ impl Flight {
     }
 }
 
+/// The range and the thread of a migration; 0: none.
+#[derive(Default)]
+struct Posted {
+    start: AtomicU64,
+    end: AtomicU64,
+    thread: AtomicU64,
+}
+
+impl Posted {
+    fn set(&self, start: u64, end: u64, thread: usize) {
+        self.thread.store(thread as u64, Ordering::SeqCst);
+        self.end.store(end, Ordering::SeqCst);
+        self.start.store(start, Ordering::SeqCst);
+    }
+}
+
 /// All migrations of one mm.
 pub(crate) struct InFlight {
+    /// What is under way, readable without the lock.
+    posted: [Posted; MIGRATIONS],
     flights: Mutex<[Option<Shared<Flight>>; MIGRATIONS]>,
     landed: Condvar,
 }
 
 impl InFlight {
     pub(crate) fn new() -> Self {
-        Self { flights: Mutex::new([const { None }; MIGRATIONS]), landed: Condvar::new() }
+        Self {
+            posted: std::array::from_fn(|_| Posted::default()),
+            flights: Mutex::new([const { None }; MIGRATIONS]),
+            landed: Condvar::new(),
+        }
     }
 
     /// Registers a migration; waits for a place at most so long. False when none came free.
@@ -114,8 +136,10 @@ impl InFlight {
         let deadline = Instant::now() + time;
         let mut flights = self.flights.lock();
         loop {
-            if let Some(place) = flights.iter_mut().find(|place| place.is_none()) {
-                *place = Some(flight.clone());
+            if let Some(place) = flights.iter().position(Option::is_none) {
+                flights[place] = Some(flight.clone());
+                let (start, end) = (flight.range.start().get(), flight.range.end().get());
+                self.posted[place].set(start, end, flight.thread);
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -143,12 +167,22 @@ impl InFlight {
 
     pub(crate) fn remove(&self, flight: &Shared<Flight>) {
         let mut flights = self.flights.lock();
-        for place in flights.iter_mut() {
+        for (place, posted) in flights.iter_mut().zip(&self.posted) {
             if place.as_ref().is_some_and(|one| one.is_same(flight)) {
+                posted.set(0, 0, 0);
                 *place = None;
             }
         }
         self.landed.notify_all();
+    }
+
+    /// Whether another thread's migration touches a range. Takes no lock, for those who must not.
+    pub(crate) fn is_posted(&self, range: AddrRange, thread: usize) -> bool {
+        self.posted.iter().any(|posted| {
+            posted.start.load(Ordering::SeqCst) < range.end().get()
+                && range.start().get() < posted.end.load(Ordering::SeqCst)
+                && posted.thread.load(Ordering::SeqCst) != thread as u64
+        })
     }
 
     /// Whether no migration is under way.

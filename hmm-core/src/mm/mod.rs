@@ -5,6 +5,7 @@ mod faults;
 mod fork_gate;
 pub(crate) mod frames;
 pub(crate) mod inflight;
+mod inside;
 mod layout;
 pub(crate) mod page_table;
 mod pins;
@@ -27,6 +28,7 @@ use crate::sync::{Mutex, MutexGuard};
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
+use inside::Places;
 use layout::{RecentlyRemoved, Tickets};
 use page_table::PageTable;
 use pins::Pins;
@@ -60,6 +62,7 @@ pub struct Mm {
     /// Serialises `close`.
     close_lock: Mutex<()>,
     gate: ForkGate,
+    places: Places,
     generation: u32,
     me: Weak<Mm>,
 }
@@ -90,6 +93,7 @@ impl Mm {
             closed: AtomicBool::new(false),
             close_lock: Mutex::new(()),
             gate: ForkGate::default(),
+            places: Places::default(),
             generation: fork_gate::generation(),
             me: Weak::clone(me),
         });
@@ -194,6 +198,7 @@ impl Mm {
     /// Returns once every layout change made by a call that returned before (munmap, mremap, madvise, of any thread
     /// that the caller synchronised with) is applied, and its callbacks are done. Not for callbacks.
     pub fn sync(&self) {
+        let _inside = self.enter();
         drop(self.engine.layout().hold());
         if !self.notifiers.in_callback() && !self.engine.is_service_thread() {
             self.tickets.settle();
@@ -212,6 +217,7 @@ impl Mm {
         self.check_not_closing()?;
         // What was changed by calls that returned is not this subscription's business any more.
         self.sync();
+        let _inside = self.enter();
         let subscription = self.notifiers.insert(range, Some(ops))?;
         Ok(Arc::new(Notifier { mm: Arc::clone(self), subscription }))
     }
@@ -223,6 +229,7 @@ impl Mm {
     pub fn track(self: &Arc<Self>, range: AddrRange) -> Result<RangeTracker> {
         self.check_open()?;
         self.sync();
+        let _inside = self.enter();
         let subscription = self.notifiers.insert(range, None)?;
         Ok(RangeTracker { mm: Arc::clone(self), subscription })
     }
@@ -286,7 +293,9 @@ impl Mm {
     /// mapped there does not matter.
     pub fn pin_range(&self, range: AddrRange) -> Result<()> {
         self.check_open()?;
+        let inside = self.enter();
         self.pins.insert(range)?;
+        drop(inside);
         self.bring_home(range).map(|_| ()).inspect_err(|_| _ = self.pins.remove(range))
     }
 
@@ -295,6 +304,7 @@ impl Mm {
     /// # Errors
     /// `Invalid` when it is not pinned.
     pub fn unpin_range(&self, range: AddrRange) -> Result<()> {
+        let _inside = self.enter();
         self.pins.remove(range)
     }
 
@@ -344,6 +354,7 @@ impl Notifier {
     /// # Errors
     /// `Busy` when that takes longer than the deadline, `Deadlock` from a callback.
     pub fn read_begin(&self) -> Result<u64> {
+        let _inside = self.mm.enter();
         self.mm.notifiers.read_begin(&self.subscription)
     }
     /// Whether the range was invalidated since `sequence` was read. Asked under the driver's own lock.
@@ -355,6 +366,7 @@ impl Notifier {
     /// # Errors
     /// `Deadlock` from inside a callback of this mm; `Busy` when a callback does not return.
     pub fn remove(&self) -> Result<()> {
+        let _inside = self.mm.enter();
         self.mm.notifiers.remove(&self.subscription)
     }
     /// What it covers.
@@ -376,6 +388,7 @@ impl RangeTracker {
     /// # Errors
     /// `Busy` when that takes longer than the deadline, `Deadlock` from a callback.
     pub fn begin(&self) -> Result<u64> {
+        let _inside = self.mm.enter();
         self.mm.notifiers.read_begin(&self.subscription)
     }
     /// Whether the range was invalidated since `sequence` was read. Asked under the driver's own lock.
@@ -398,6 +411,7 @@ impl RangeTracker {
 
 impl Drop for RangeTracker {
     fn drop(&mut self) {
+        let _inside = self.mm.enter();
         self.mm.notifiers.forget(&self.subscription);
     }
 }
