@@ -33,6 +33,8 @@ pub const DEADLINE: Duration = Duration::from_secs(10);
 pub const RANGE_DEADLINE: Duration = Duration::from_secs(1);
 /// `MADV_DONTNEED` reports before it drops; present pages of such a range are not migrated for this long.
 pub const REMOVE_GRACE: Duration = Duration::from_millis(50);
+/// A drop that was reported longer ago is over, even if changes are still awaited.
+pub const REMOVE_MEMORY: Duration = Duration::from_secs(5);
 /// Recently removed ranges that are remembered.
 pub const REMOVED_RANGES: usize = 64;
 /// Runs of at least so many pages are given back by moving frames, shorter ones by copying.

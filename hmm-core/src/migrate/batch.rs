@@ -5,7 +5,7 @@ use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::arena::{Buffer, Shared};
 use crate::devmem::LastFound;
 use crate::error::{Error, Result};
-use crate::flags::{MigrateFlags, MigratePfn, Select};
+use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
 use crate::mm::frames::{Block, SlotSet};
 use crate::mm::inflight::{Flight, is_candidate};
@@ -286,7 +286,9 @@ impl<'a> Batch<'a> {
                 }
                 (Held::Empty, ..) => MigratePfn::bare(MigrateFlags::MIGRATE),
                 (Held::OnDevice, Place::Device(device), _) => {
-                    let write = if page.entry.is_writable() {
+                    // The vma may have become read-only while the page was away.
+                    let vma_writable = self.vma.protection.contains(Protection::WRITE);
+                    let write = if vma_writable && page.entry.is_writable() {
                         MigrateFlags::WRITE
                     } else {
                         MigrateFlags::empty()

@@ -13,6 +13,7 @@ use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Select};
 use crate::limits::BATCH_LEAVES;
+use crate::mm::frames::SlotSet;
 use crate::mm::inflight::Flight;
 use crate::mm::{Mm, Vma};
 use crate::ops::{MigrateOps, OwnerId};
@@ -95,43 +96,15 @@ impl Mm {
         let vma = self.vma_covering(request.range)?;
         src.fill(MigratePfn::default());
         dst.fill(MigratePfn::default());
+        let job = Job { mm: self, vma: &vma, request };
         let mut done = 0;
         for range in batches(request.range) {
             let here = done..done + range.pages();
             done = here.end;
             let (src, dst) = (&mut src[here.clone()], &mut dst[here]);
-            self.migrate_batch(&vma, request, range, ops, src, dst)?;
+            let busy = job.run_batch(range, ops, src, dst)?;
+            job.run_busy(range, &busy, ops, src, dst)?;
         }
-        Ok(())
-    }
-
-    fn migrate_batch(
-        self: &Arc<Self>,
-        vma: &Vma,
-        request: &MigrateRequest,
-        range: AddrRange,
-        ops: &mut dyn MigrateOps,
-        src: &mut [MigratePfn],
-        dst: &mut [MigratePfn],
-    ) -> Result<()> {
-        // Signals stay off in the callbacks too: a handler that touches a page of this batch would wait for itself.
-        let _inside = self.enter();
-        let keep = [memory_of(src), memory_of(dst)];
-        let mut batch = Batch::hold(self, vma, request, range, keep)?;
-        batch.take_contents()?;
-        batch.describe(src);
-        let candidates = src.iter().filter(|page| page.migrates()).count();
-        if candidates > 0 {
-            let flight = &*batch.flight.clone();
-            let mut seen = MigrateBatch { mm: self, vma, range, src: &*src, dst, flight };
-            ops.alloc_and_copy(&mut seen);
-            batch.decide(src, dst);
-            let seen = MigrateBatch { mm: self, vma, range, src, dst, flight };
-            ops.finalize_and_map(&seen);
-        }
-        batch.land();
-        let moved = src.iter().filter(|page| page.migrates()).count();
-        self.stats.not_migrated.fetch_add((src.len() - moved) as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -139,6 +112,77 @@ impl Mm {
     pub fn alloc_system_page(&self, addr: VirtAddr) -> Option<Pfn> {
         let flight = self.inflight.of_thread(this_thread(), addr)?;
         flight.frame(flight.range.index_of(addr)).map(Pfn::of_addr)
+    }
+}
+
+/// One request under way.
+struct Job<'a> {
+    mm: &'a Arc<Mm>,
+    vma: &'a Vma,
+    request: &'a MigrateRequest,
+}
+
+impl Job<'_> {
+    /// Migrates one batch; returns the pages of each leaf that were shared or pinned.
+    fn run_batch(
+        &self,
+        range: AddrRange,
+        ops: &mut dyn MigrateOps,
+        src: &mut [MigratePfn],
+        dst: &mut [MigratePfn],
+    ) -> Result<[SlotSet; BATCH_LEAVES]> {
+        let (mm, vma) = (self.mm, self.vma);
+        // Signals stay off in the callbacks too: a handler that touches a page of this batch would wait for itself.
+        let _inside = mm.enter();
+        let keep = [memory_of(src), memory_of(dst)];
+        let mut batch = Batch::hold(mm, vma, self.request, range, keep)?;
+        let busy = batch.take_contents()?;
+        batch.describe(src);
+        if src.iter().any(|page| page.migrates()) {
+            let flight = &*batch.flight.clone();
+            ops.alloc_and_copy(&mut MigrateBatch { mm, vma, range, src: &*src, dst, flight });
+            batch.decide(src, dst);
+            ops.finalize_and_map(&MigrateBatch { mm, vma, range, src, dst, flight });
+        }
+        batch.land();
+        let moved = src.iter().filter(|page| page.migrates()).count();
+        mm.stats.not_migrated.fetch_add((src.len() - moved) as u64, Ordering::Relaxed);
+        Ok(busy)
+    }
+
+    /// Pages that a fork left shared can be taken once a write made them private. Nothing is held meanwhile: the write
+    /// may fault, and wait for a migration. What is still busy then is pinned by somebody, and stays (promise 66).
+    fn run_busy(
+        &self,
+        range: AddrRange,
+        busy: &[SlotSet; BATCH_LEAVES],
+        ops: &mut dyn MigrateOps,
+        src: &mut [MigratePfn],
+        dst: &mut [MigratePfn],
+    ) -> Result<()> {
+        if self.mm.engine.is_service_thread() {
+            return Ok(());
+        }
+        for (part, busy) in range.by_leaf().zip(busy) {
+            let mut page = 0;
+            while page < part.pages() {
+                let is_busy = |page: &usize| busy.contains(part.page_at(*page).index_in_leaf());
+                let count = (page..part.pages()).take_while(is_busy).count();
+                if count == 0 {
+                    page += 1;
+                    continue;
+                }
+                let run = part.sub(page, count);
+                page += count;
+                if self.mm.engine.populate(run, true).is_ok() {
+                    let first = range.index_of(run.start());
+                    let here = first..first + count;
+                    dst[here.clone()].fill(MigratePfn::default());
+                    self.run_batch(run, ops, &mut src[here.clone()], &mut dst[here])?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 

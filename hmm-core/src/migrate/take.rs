@@ -4,8 +4,7 @@ use super::batch::{Batch, Held};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Present, Stop, Watch};
 use crate::error::Result;
-use crate::flags::Select;
-use crate::limits::DEADLINE;
+use crate::limits::{BATCH_LEAVES, DEADLINE};
 use crate::mm::frames::SlotSet;
 use crate::ops::{InvalidateEvent, Invalidation};
 use std::sync::atomic::Ordering;
@@ -14,9 +13,10 @@ use std::time::Instant;
 impl Batch<'_> {
     /// Invalidates the mirrors, then empties the pages that the batch holds. Notifiers stay busy until that is done,
     /// so that no device maps a page again that is about to go.
-    pub(super) fn take_contents(&mut self) -> Result<()> {
+    /// Returns the pages of each leaf that it let go of because they are shared or pinned.
+    pub(super) fn take_contents(&mut self) -> Result<[SlotSet; BATCH_LEAVES]> {
         if self.pages.iter().all(|page| page.held == Held::No) {
-            return Ok(());
+            return Ok([SlotSet::default(); BATCH_LEAVES]);
         }
         self.mm.stats.invalidations.fetch_add(1, Ordering::Relaxed);
         let update =
@@ -26,17 +26,15 @@ impl Batch<'_> {
         self.take_all()
     }
 
-    fn take_all(&mut self) -> Result<()> {
+    fn take_all(&mut self) -> Result<[SlotSet; BATCH_LEAVES]> {
         if self.pages.iter().any(|page| page.held == Held::Mapped) {
             self.release_dropped()?;
         }
+        let mut busy = [SlotSet::default(); BATCH_LEAVES];
         for (number, part) in self.range.by_leaf().enumerate() {
-            let busy = self.take_leaf(number, part);
-            if !busy.is_empty() && !self.mm.engine.is_service_thread() {
-                self.take_busy(number, part, &busy)?;
-            }
+            busy[number] = self.take_leaf(number, part);
         }
-        Ok(())
+        Ok(busy)
     }
 
     /// Lets go of pages that are present although their drop was reported: it may still come (holes may go).
@@ -91,7 +89,13 @@ impl Batch<'_> {
             index += done;
             match stop {
                 Stop::Done => {}
-                Stop::Retry if Instant::now() < deadline => self.drain(),
+                Stop::Retry if Instant::now() < deadline => {
+                    self.drain();
+                    self.mm.removed.renew(self.range);
+                    if self.release_dropped().is_err() {
+                        return busy;
+                    }
+                }
                 Stop::Exists if Instant::now() < deadline && self.empty_slot(number, index) => {}
                 _ if index < end => {
                     if stop == Stop::Busy {
@@ -198,29 +202,5 @@ impl Batch<'_> {
         {
             block.populated = populated;
         }
-    }
-
-    /// Pages that a fork left shared can be taken once a write made them private (`MADV_POPULATE_WRITE`). What is
-    /// still busy then is pinned by somebody, and stays (promise 66).
-    fn take_busy(&mut self, number: usize, part: AddrRange, busy: &SlotSet) -> Result<()> {
-        let wanted = |index: usize, batch: &Self| busy.contains(batch.slot_of(index).1);
-        let first = self.range.index_of(part.start());
-        for index in first..first + part.pages() {
-            if wanted(index, self) {
-                let page = self.range.sub(index, 1);
-                if self.mm.engine.populate(page, true).is_err() {
-                    continue;
-                }
-            }
-        }
-        let mut others = SlotSet::default();
-        for index in first..first + part.pages() {
-            if !wanted(index, self) {
-                others.insert(self.slot_of(index).1);
-            }
-        }
-        self.hold_leaf(part, Select::SYSTEM, &others)?;
-        self.take_leaf(number, part);
-        Ok(())
     }
 }

@@ -12,18 +12,19 @@ use crate::limits::DEADLINE;
 use crate::sync::this_thread;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 /// Threads that may be inside at once; a further one goes without this protection.
 const PLACES: usize = 256;
 /// The stretch of a stack that code inside the library uses: below and above the point of entry.
 const BELOW: u64 = 64 << 10;
-const ABOVE: u64 = 16 << 10;
+const ABOVE: u64 = 12 << 10;
+/// What lies above a thread's pthread handle, at the top of its stack.
+const ABOVE_HANDLE: u64 = 2304;
 /// Signals that a fault of the thread itself raises: held off, they would end the process.
 const OWN_FAULTS: [libc::c_int; 5] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 
-/// Where the stacks of threads inside are. 0: free.
+/// The stretches of the threads inside: address and pages. 0: free.
 #[derive(Debug)]
 pub(super) struct Places([AtomicU64; PLACES]);
 
@@ -47,20 +48,20 @@ impl Mm {
             return Inside { place: None, before: None };
         }
         let before = hold_signals_off();
-        let marker = 0_u8;
-        let here = VirtAddr::from_ptr(&raw const marker);
-        let place = self.take_place(here);
-        self.bring_stack_back(stretch(here));
+        let stack = stretch_of_this_thread();
+        let place = self.take_place(stack);
+        self.bring_stack_back(stack);
         Inside { place, before }
     }
 
-    fn take_place(&self, here: VirtAddr) -> Option<&AtomicU64> {
+    fn take_place(&self, stack: AddrRange) -> Option<&AtomicU64> {
         let places = &self.places.0;
         // Threads begin to look at different places; stacks are far apart.
         let first = (this_thread() >> 12) % PLACES;
         let order = places[first..].iter().chain(&places[..first]);
         order.into_iter().find(|place| {
-            let (free, mine) = (0, here.get());
+            // The start is page aligned; the pages go into the low bits.
+            let (free, mine) = (0, stack.start().get() | stack.pages() as u64);
             place.compare_exchange(free, mine, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         })
     }
@@ -72,10 +73,7 @@ impl Mm {
             // Nothing near it was ever migrated.
             return;
         }
-        let deadline = Instant::now() + DEADLINE;
-        while self.inflight.is_posted(stack, this_thread()) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_micros(50));
-        }
+        self.inflight.wait_for_posted(stack, this_thread(), DEADLINE);
         if self.engine.populate(stack, false).is_err() {
             // The stretch reaches beyond the stack: page by page, as far as it goes.
             (0..stack.pages()).for_each(|page| _ = self.engine.populate(stack.sub(page, 1), false));
@@ -85,17 +83,23 @@ impl Mm {
     /// Reports the stacks that must stay, because their threads are inside.
     pub(crate) fn each_stack_inside(&self, mut report: impl FnMut(AddrRange)) {
         for place in &self.places.0 {
-            let here = place.load(Ordering::SeqCst);
-            if here != 0 {
-                report(stretch(VirtAddr::new(here)));
+            let place = place.load(Ordering::SeqCst);
+            if place != 0 {
+                let (start, pages) = (VirtAddr::new(place).page(), place & (PAGE_SIZE as u64 - 1));
+                report(AddrRange::from_bounds(start.get(), start.get() + pages * PAGE_SIZE as u64));
             }
         }
     }
 }
 
-fn stretch(here: VirtAddr) -> AddrRange {
-    let page = here.page().get();
-    let end = page + ABOVE + PAGE_SIZE as u64;
+/// The stretch around the calling thread's point of entry. The handle of a thread lies at the top of its stack (of the
+/// main thread: elsewhere): the stretch must not reach into what is mapped above.
+fn stretch_of_this_thread() -> AddrRange {
+    let marker = 0_u8;
+    let page = VirtAddr::from_ptr(&raw const marker).page().get();
+    let top = this_thread() as u64 + ABOVE_HANDLE;
+    let end = page + ABOVE;
+    let end = if page < top && top < end { top.next_multiple_of(PAGE_SIZE as u64) } else { end };
     AddrRange::from_bounds(page.saturating_sub(BELOW).max(PAGE_SIZE as u64), end)
 }
 

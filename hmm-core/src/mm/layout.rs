@@ -9,7 +9,7 @@ use super::page_table::{Entry, Leaf, Place};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::devmem::DoomedPages;
 use crate::engine::{MapEvent, MapTicket};
-use crate::limits::{DEADLINE, MAP_TICKETS, REMOVE_GRACE, REMOVED_RANGES};
+use crate::limits::{DEADLINE, MAP_TICKETS, REMOVE_GRACE, REMOVE_MEMORY, REMOVED_RANGES};
 use crate::notifier::Invalidating;
 use crate::ops::{InvalidateEvent, Invalidation};
 use crate::stats::Stats;
@@ -128,6 +128,16 @@ impl RecentlyRemoved {
         let recent =
             ranges.into_iter().flatten().filter(move |(_, time)| *time + REMOVE_GRACE > now);
         recent.filter_map(move |(removed, _)| removed.intersect(range))
+    }
+
+    /// Some reported change of the layout is not made yet. If it is a drop that touches the range, its time counts from
+    /// now: the thread that drops may have been kept from running.
+    pub(crate) fn renew(&self, range: AddrRange) {
+        let now = Instant::now();
+        let mut ring = self.0.lock();
+        let touching =
+            ring.ranges.iter_mut().flatten().filter(|(removed, _)| removed.overlaps(range));
+        touching.filter(|(_, time)| *time + REMOVE_MEMORY > now).for_each(|(_, time)| *time = now);
     }
 
     /// When the last drop that touches the range is surely over; `None` if it is already.
