@@ -40,7 +40,6 @@ impl Mm {
     /// `Invalid` for a wrong array length, a range that leaves its vma, or a special vma (every entry is `SPECIAL`
     /// then); `Fault` when nothing is mapped; `Permission` when the vma is not readable (entries 0).
     pub fn snapshot(&self, request: &RangeRequest, pfns: &mut [PfnEntry]) -> Result<()> {
-        let _inside = self.enter();
         let vma = self.prepare_look(request, pfns)?;
         self.look_at_range(request, &vma, pfns)
     }
@@ -58,7 +57,6 @@ impl Mm {
         pfns: &mut [PfnEntry],
     ) -> Result<()> {
         let deadline = Instant::now() + RANGE_DEADLINE;
-        let _inside = self.enter();
         loop {
             let vma = self.prepare_look(request, pfns)?;
             let address = request.range.start();

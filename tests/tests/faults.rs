@@ -11,7 +11,7 @@ use hmm_core::{
 use hmm_soft::{SoftConfig, SoftDevice};
 use hmm_tests::{Region, mm_or_skip, present};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
@@ -277,76 +277,6 @@ fn a_copy_callback_that_touches_its_own_batch_is_named_and_does_not_hang_in_sile
     let own = Arc::clone(&region);
     card.when_copying(move || _ = own.word(5).load(Ordering::Relaxed));
     let _ = card.to_device(region.range());
-}
-
-#[test]
-fn the_stack_of_a_thread_that_is_in_the_library_may_be_asked_for() {
-    if !is_child() {
-        return in_child("the_stack_of_a_thread_that_is_in_the_library_may_be_asked_for", None);
-    }
-    let mm = mm_or_skip!();
-    let (card, stop, place) = (Card::new(&mm, 64), AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let buffer = [1_u8; 2 * PAGE_SIZE];
-            place.store(VirtAddr::from_ptr(&buffer).page().get(), Ordering::SeqCst);
-            let (other, mut out) = (Region::new(4), [Residency::None; 4]);
-            let started = Instant::now();
-            while started.elapsed() < Duration::from_secs(2) {
-                mm.residency(other.range(), &mut out).unwrap();
-                assert_eq!(std::hint::black_box(&buffer)[100], 1);
-            }
-            stop.store(true, Ordering::SeqCst);
-        });
-        while place.load(Ordering::SeqCst) == 0 {
-            std::thread::yield_now();
-        }
-        let at = place.load(Ordering::SeqCst);
-        let range = AddrRange::new(at - 8192, at + 8192).unwrap();
-        while !stop.load(Ordering::SeqCst) {
-            card.to_device(range).unwrap();
-        }
-    });
-}
-
-/// What the signal handler touches.
-static TOUCHED: AtomicU64 = AtomicU64::new(0);
-
-extern "C" fn touch(_: i32) {
-    let address = TOUCHED.load(Ordering::Relaxed) as *const u64;
-    // SAFETY: the address was stored before the handler was installed, and stays mapped.
-    std::hint::black_box(unsafe { address.read_volatile() });
-}
-
-#[test]
-fn a_signal_handler_may_touch_what_the_interrupted_thread_migrates() {
-    if !is_child() {
-        return in_child("a_signal_handler_may_touch_what_the_interrupted_thread_migrates", None);
-    }
-    let mm = mm_or_skip!();
-    let (card, region) = (Card::new(&mm, 64), filled(64));
-    TOUCHED.store(region.page_addr(3), Ordering::Relaxed);
-    // SAFETY: the handler only reads one word of the region.
-    unsafe { libc::signal(libc::SIGUSR1, touch as *const () as libc::sighandler_t) };
-    // SAFETY: no preconditions.
-    let me = unsafe { libc::pthread_self() } as usize;
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Ordering::SeqCst) {
-                // SAFETY: the thread waits for this one before it ends.
-                unsafe { libc::pthread_kill(me as libc::pthread_t, libc::SIGUSR1) };
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        });
-        let started = Instant::now();
-        while started.elapsed() < Duration::from_secs(2) {
-            card.to_device(region.range()).unwrap();
-            card.to_system(region.range()).unwrap();
-        }
-        stop.store(true, Ordering::SeqCst);
-    });
-    assert!(is_whole(&region));
 }
 
 #[test]

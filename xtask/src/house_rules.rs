@@ -17,7 +17,6 @@ const UNSAFE: &[&str] = &[
     "hmm-core/src/arena.rs",
     "hmm-core/src/sync.rs",
     "hmm-core/src/fork.rs",
-    "hmm-core/src/mm/inside.rs",
     "hmm-core/src/mm/page_table.rs",
     "hmm-core/src/engine/model/frames.rs",
     "hmm-core/src/engine/uffd/abi.rs",

@@ -2,7 +2,7 @@
 //! process's heap may.
 
 use hmm_core::{Error, MigratePfn, Result};
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{Advice, MmapMut, MmapOptions};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
@@ -37,6 +37,9 @@ impl<T: Plain> Mapped<T> {
             .no_reserve_swap()
             .map_anon()
             .map_err(|_| no_memory)?;
+        // A mark that the program's mappings lack: the kernel joins equal neighbours, and a watch on the joined mapping
+        // would make first touches here, under the table's lock, wait for service threads that wait for that lock.
+        let _ = map.advise(Advice::DontDump);
         Ok(Self { map, len, element: PhantomData })
     }
 }

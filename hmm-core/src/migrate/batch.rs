@@ -179,9 +179,6 @@ impl<'a> Batch<'a> {
         // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
         let mut blocked = *blocked;
         self.mm.pins.within(part, |pin| blocked.insert_pages(pin));
-        self.mm.each_stack_inside(|stack| {
-            stack.intersect(part).into_iter().for_each(|pages| blocked.insert_pages(pages));
-        });
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();

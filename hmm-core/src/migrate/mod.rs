@@ -132,8 +132,6 @@ impl Job<'_> {
         dst: &mut [MigratePfn],
     ) -> Result<[SlotSet; BATCH_LEAVES]> {
         let (mm, vma) = (self.mm, self.vma);
-        // Signals stay off in the callbacks too: a handler that touches a page of this batch would wait for itself.
-        let _inside = mm.enter();
         let keep = [memory_of(src), memory_of(dst)];
         let mut batch = Batch::hold(mm, vma, self.request, range, keep)?;
         let busy = batch.take_contents()?;

@@ -104,7 +104,6 @@ impl Mm {
             return Err(Error::invalid(range.start().get(), what));
         }
         self.sync();
-        let _inside = self.enter();
         out.fill(Residency::Unmapped);
         let mut next = range.start();
         while next < range.end() {

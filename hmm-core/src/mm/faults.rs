@@ -198,7 +198,6 @@ impl Mm {
 
     fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
         let mut count = 0;
-        let inside = self.enter();
         for leaf in self.table.leaves(range) {
             // A driver brings neighbours too, so they are counted before the first call.
             count += self.pages_on_device(leaf, range, wanted);
@@ -207,7 +206,7 @@ impl Mm {
                 let deadline = Instant::now() + DEADLINE;
                 // `None`: the page is not (any more) on a device.
                 while let Some(page) = self.page_to_bring(leaf, addr, wanted, deadline)? {
-                    match inside.outside(|| self.call_fault(addr, page, FaultFlags::REMOTE)) {
+                    match self.call_fault(addr, page, FaultFlags::REMOTE) {
                         Ok(()) => {}
                         Err(FaultError::SigBus) => {
                             self.lose(addr, page);

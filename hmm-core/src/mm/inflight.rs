@@ -98,49 +98,15 @@ impl Flight {
     }
 }
 
-/// The range and the thread of a migration; serial 0: none.
-#[derive(Default)]
-struct Posted {
-    serial: AtomicU64,
-    start: AtomicU64,
-    end: AtomicU64,
-    thread: AtomicU64,
-}
-
-impl Posted {
-    fn set(&self, flight: &Flight) {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        self.thread.store(flight.thread as u64, Ordering::SeqCst);
-        self.end.store(flight.range.end().get(), Ordering::SeqCst);
-        self.start.store(flight.range.start().get(), Ordering::SeqCst);
-        self.serial.store(NEXT.fetch_add(1, Ordering::Relaxed), Ordering::SeqCst);
-    }
-
-    /// The serial number, if this is another thread's migration that touches a range; else 0.
-    fn concerns(&self, range: AddrRange, thread: usize) -> u64 {
-        let serial = self.serial.load(Ordering::SeqCst);
-        let touches = self.start.load(Ordering::SeqCst) < range.end().get()
-            && range.start().get() < self.end.load(Ordering::SeqCst);
-        let other = self.thread.load(Ordering::SeqCst) != thread as u64;
-        if touches && other { serial } else { 0 }
-    }
-}
-
 /// All migrations of one mm.
 pub(crate) struct InFlight {
-    /// What is under way, readable without the lock.
-    posted: [Posted; MIGRATIONS],
     flights: Mutex<[Option<Shared<Flight>>; MIGRATIONS]>,
     landed: Condvar,
 }
 
 impl InFlight {
     pub(crate) fn new() -> Self {
-        Self {
-            posted: std::array::from_fn(|_| Posted::default()),
-            flights: Mutex::new([const { None }; MIGRATIONS]),
-            landed: Condvar::new(),
-        }
+        Self { flights: Mutex::new([const { None }; MIGRATIONS]), landed: Condvar::new() }
     }
 
     /// Registers a migration; waits for a place at most so long. False when none came free.
@@ -150,7 +116,6 @@ impl InFlight {
         loop {
             if let Some(place) = flights.iter().position(Option::is_none) {
                 flights[place] = Some(flight.clone());
-                self.posted[place].set(flight);
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -178,28 +143,12 @@ impl InFlight {
 
     pub(crate) fn remove(&self, flight: &Shared<Flight>) {
         let mut flights = self.flights.lock();
-        for (place, posted) in flights.iter_mut().zip(&self.posted) {
+        for place in flights.iter_mut() {
             if place.as_ref().is_some_and(|one| one.is_same(flight)) {
-                posted.serial.store(0, Ordering::SeqCst);
                 *place = None;
             }
         }
         self.landed.notify_all();
-    }
-
-    /// Waits until other threads' migrations that touch a range *now* have landed. Takes no lock, for those who must
-    /// not.
-    pub(crate) fn wait_for_posted(&self, range: AddrRange, thread: usize, time: Duration) {
-        let deadline = Instant::now() + time;
-        for posted in &self.posted {
-            let serial = posted.concerns(range, thread);
-            while serial != 0
-                && posted.serial.load(Ordering::SeqCst) == serial
-                && Instant::now() < deadline
-            {
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        }
     }
 
     /// Whether no migration is under way.

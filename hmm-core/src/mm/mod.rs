@@ -5,7 +5,6 @@ mod faults;
 mod fork_gate;
 pub(crate) mod frames;
 pub(crate) mod inflight;
-mod inside;
 mod layout;
 pub(crate) mod page_table;
 mod pins;
@@ -28,7 +27,6 @@ use crate::sync::{Mutex, MutexGuard};
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
-use inside::Places;
 use layout::{RecentlyRemoved, Tickets};
 use page_table::PageTable;
 use pins::Pins;
@@ -62,7 +60,6 @@ pub struct Mm {
     /// Serialises `close`.
     close_lock: Mutex<()>,
     gate: ForkGate,
-    places: Places,
     generation: u32,
     me: Weak<Mm>,
 }
@@ -93,7 +90,6 @@ impl Mm {
             closed: AtomicBool::new(false),
             close_lock: Mutex::new(()),
             gate: ForkGate::default(),
-            places: Places::default(),
             generation: fork_gate::generation(),
             me: Weak::clone(me),
         });
@@ -198,7 +194,6 @@ impl Mm {
     /// Returns once every layout change made by a call that returned before (munmap, mremap, madvise, of any thread
     /// that the caller synchronised with) is applied, and its callbacks are done. Not for callbacks.
     pub fn sync(&self) {
-        let _inside = self.enter();
         drop(self.engine.layout().hold());
         if !self.notifiers.in_callback() && !self.engine.is_service_thread() {
             self.tickets.settle();
@@ -217,7 +212,6 @@ impl Mm {
         self.check_not_closing()?;
         // What was changed by calls that returned is not this subscription's business any more.
         self.sync();
-        let _inside = self.enter();
         let subscription = self.notifiers.insert(range, Some(ops))?;
         Ok(Arc::new(Notifier { mm: Arc::clone(self), subscription }))
     }
@@ -229,7 +223,6 @@ impl Mm {
     pub fn track(self: &Arc<Self>, range: AddrRange) -> Result<RangeTracker> {
         self.check_open()?;
         self.sync();
-        let _inside = self.enter();
         let subscription = self.notifiers.insert(range, None)?;
         Ok(RangeTracker { mm: Arc::clone(self), subscription })
     }
@@ -284,7 +277,7 @@ impl Mm {
         }
     }
 
-    /// Keeps a range from ever migrating; its device pages come home first. Counted.
+    /// Keeps a range from ever migrating; its device pages come home first, and it is made present. Counted.
     ///
     /// Pin what a driver's callbacks touch: a service thread that waits for a migrated page waits for itself.
     ///
@@ -293,10 +286,13 @@ impl Mm {
     /// mapped there does not matter.
     pub fn pin_range(&self, range: AddrRange) -> Result<()> {
         self.check_open()?;
-        let inside = self.enter();
         self.pins.insert(range)?;
-        drop(inside);
-        self.bring_home(range).map(|_| ()).inspect_err(|_| _ = self.pins.remove(range))
+        self.bring_home(range).inspect_err(|_| _ = self.pins.remove(range))?;
+        // A first touch may be a fault that service threads answer, too, when a neighbour in the same vma migrates.
+        if self.engine.populate(range, true).is_err() {
+            let _ = self.engine.populate(range, false);
+        }
+        Ok(())
     }
 
     /// Undoes one [`Mm::pin_range`] of exactly this range.
@@ -304,7 +300,6 @@ impl Mm {
     /// # Errors
     /// `Invalid` when it is not pinned.
     pub fn unpin_range(&self, range: AddrRange) -> Result<()> {
-        let _inside = self.enter();
         self.pins.remove(range)
     }
 
@@ -354,7 +349,6 @@ impl Notifier {
     /// # Errors
     /// `Busy` when that takes longer than the deadline, `Deadlock` from a callback.
     pub fn read_begin(&self) -> Result<u64> {
-        let _inside = self.mm.enter();
         self.mm.notifiers.read_begin(&self.subscription)
     }
     /// Whether the range was invalidated since `sequence` was read. Asked under the driver's own lock.
@@ -366,7 +360,6 @@ impl Notifier {
     /// # Errors
     /// `Deadlock` from inside a callback of this mm; `Busy` when a callback does not return.
     pub fn remove(&self) -> Result<()> {
-        let _inside = self.mm.enter();
         self.mm.notifiers.remove(&self.subscription)
     }
     /// What it covers.
@@ -388,7 +381,6 @@ impl RangeTracker {
     /// # Errors
     /// `Busy` when that takes longer than the deadline, `Deadlock` from a callback.
     pub fn begin(&self) -> Result<u64> {
-        let _inside = self.mm.enter();
         self.mm.notifiers.read_begin(&self.subscription)
     }
     /// Whether the range was invalidated since `sequence` was read. Asked under the driver's own lock.
@@ -411,7 +403,6 @@ impl RangeTracker {
 
 impl Drop for RangeTracker {
     fn drop(&mut self) {
-        let _inside = self.mm.enter();
         self.mm.notifiers.forget(&self.subscription);
     }
 }
