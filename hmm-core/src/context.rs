@@ -1,27 +1,110 @@
 //! The composition root: which engine runs, and the mm of this process.
 
 use crate::engine::Engine;
+use crate::engine::signal::SignalEngine;
 use crate::engine::uffd::UffdEngine;
 use crate::error::{Error, Result};
+use crate::flags::Capabilities;
 use crate::mm::Mm;
 use std::sync::Arc;
 
-/// Chooses the engine: `HMM_ENGINE=auto|uffd` (the environment variable; `auto` when it is not set).
-fn choose_engine() -> Result<Arc<dyn Engine>> {
+/// An engine for the memory of this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// Userfaultfd that serves the kernel's own accesses, too: complete, and needs a privilege.
+    Uffd,
+    /// Userfaultfd whose faults the toucher answers itself; system calls on absent pages fail with `EFAULT`.
+    UffdInline,
+    /// Protections and SIGSEGV: works everywhere. System calls as above, and changes of the layout are not reported.
+    Signal,
+}
+
+impl EngineKind {
+    /// From the best to the last resort.
+    pub const ALL: [Self; 3] = [Self::Uffd, Self::UffdInline, Self::Signal];
+
+    /// As `HMM_ENGINE` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uffd => "uffd",
+            Self::UffdInline => "uffd-inline",
+            Self::Signal => "signal",
+        }
+    }
+
+    /// Opens it, for [`Mm::with_engine`].
+    ///
+    /// # Errors
+    /// `Unsupported` with the reason, and what would help.
+    pub fn open(self) -> Result<Arc<dyn Engine>> {
+        Ok(match self {
+            Self::Uffd => Arc::new(UffdEngine::open()?),
+            Self::UffdInline => Arc::new(UffdEngine::open_inline()?),
+            Self::Signal => Arc::new(SignalEngine::open()?),
+        })
+    }
+}
+
+/// Which engine was chosen, and why not a better one.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// The engine.
+    pub engine: EngineKind,
+    /// Named by `HMM_ENGINE`, rather than chosen.
+    pub forced: bool,
+    /// Better engines, and why they do not work here.
+    pub refused: Vec<(EngineKind, Error)>,
+}
+
+impl std::fmt::Display for Choice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let how = if self.forced { "HMM_ENGINE says so" } else { "the best that works here" };
+        write!(f, "engine {} ({how})", self.engine.name())?;
+        self.refused.iter().try_for_each(|(engine, why)| write!(f, "; {}: {why}", engine.name()))
+    }
+}
+
+/// What `HMM_ENGINE` wishes: engines in the order in which they are tried, and whether that is a wish for one.
+fn wished() -> Result<(Vec<EngineKind>, bool)> {
     let wish = std::env::var("HMM_ENGINE").unwrap_or_else(|_| "auto".to_owned());
-    match wish.as_str() {
-        "auto" | "uffd" => Ok(Arc::new(UffdEngine::open()?)),
-        "signal" => Err(Error::Unsupported {
-            what: "HMM_ENGINE=signal: this version has no signal engine yet; unset HMM_ENGINE".into(),
-        }),
-        "model" => Err(Error::Unsupported {
-            what: "HMM_ENGINE=model: the model engine simulates memory of its own and cannot manage this process; \
-                   open it with Mm::with_engine"
-                .into(),
-        }),
-        other => Err(Error::Unsupported {
-            what: format!("HMM_ENGINE={other}: unknown engine; use auto or uffd"),
-        }),
+    if wish == "auto" {
+        return Ok((EngineKind::ALL.to_vec(), false));
+    }
+    if let Some(kind) = EngineKind::ALL.into_iter().find(|kind| kind.name() == wish) {
+        return Ok((vec![kind], true));
+    }
+    let what = if wish == "model" {
+        "HMM_ENGINE=model: the model engine simulates memory of its own and cannot manage this process; open it with \
+         Mm::with_engine"
+            .into()
+    } else {
+        format!("HMM_ENGINE={wish}: unknown engine; use auto, uffd, uffd-inline or signal")
+    };
+    Err(Error::Unsupported { what })
+}
+
+/// Opens the best engine that works here, or the one that `HMM_ENGINE` names.
+///
+/// # Errors
+/// `Unsupported` with the reasons when none works.
+pub fn open_engine() -> Result<(Arc<dyn Engine>, Choice)> {
+    let (kinds, forced) = wished()?;
+    let mut refused = Vec::new();
+    for kind in kinds {
+        match kind.open() {
+            Ok(engine) => return Ok((engine, Choice { engine: kind, forced, refused })),
+            Err(why) => refused.push((kind, why)),
+        }
+    }
+    let reasons: Vec<_> =
+        refused.iter().map(|(kind, why)| format!("{}: {why}", kind.name())).collect();
+    Err(Error::Unsupported { what: format!("no engine works here: {}", reasons.join("; ")) })
+}
+
+/// One line about the choice, for who asked with `HMM_LOG=info`.
+fn tell(choice: &Choice) {
+    if std::env::var("HMM_LOG").is_ok_and(|level| level == "info") {
+        eprintln!("libhmm: {choice}");
     }
 }
 
@@ -36,7 +119,9 @@ impl Mm {
             return Ok(Arc::clone(mm));
         }
         crate::fork::install();
-        let mm = Self::with_engine(choose_engine()?)?;
+        let (engine, choice) = open_engine()?;
+        let mm = Self::with_engine(engine)?;
+        tell(&choice);
         if let Some(old) = current.replace(Arc::clone(&mm))
             && old.is_inherited()
         {
@@ -44,5 +129,10 @@ impl Mm {
             let _ = Arc::into_raw(old);
         }
         Ok(mm)
+    }
+
+    /// Whether system calls on absent pages wait for them, as accesses do.
+    pub fn serves_kernel(&self) -> bool {
+        self.capabilities().contains(Capabilities::KERNEL_FAULTS)
     }
 }

@@ -25,11 +25,14 @@ mod mirror;
 mod mm;
 mod notifier;
 mod ops;
+mod page_set;
 mod range;
+mod sparse;
 mod stats;
 pub mod sync;
 
 pub use addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, Pfn, USER_END, VirtAddr};
+pub use context::{Choice, EngineKind, open_engine};
 pub use devmem::Devmem;
 pub use engine::VmaKind;
 pub use error::{Error, Result};

@@ -90,6 +90,13 @@ pub trait DevmemOps: Send + Sync {
     /// # Errors
     /// [`FaultError`] when that is impossible.
     fn fault(&self, devmem: &Devmem, fault: &CpuFault<'_>) -> Result<(), FaultError>;
+    /// Whether `fault`, and the migration callbacks that it uses, may run in the thread that touched the page, inside a
+    /// signal handler: they take no lock that this thread may hold when it touches memory, and do not use the heap.
+    /// Such a device answers without a change of threads where the engine works with signals; for the others a service
+    /// thread calls `fault`.
+    fn is_signal_safe(&self) -> bool {
+        false
+    }
 }
 
 /// A driver's side of one migration (`struct migrate_vma_ops`).

@@ -53,6 +53,11 @@ impl DevmemOps for State {
             self.bring::<WINDOW_PAGES>(devmem, fault, range)
         }
     }
+
+    /// See above: what these callbacks take, nobody holds while it touches the process's memory.
+    fn is_signal_safe(&self) -> bool {
+        true
+    }
 }
 
 impl State {

@@ -1,7 +1,13 @@
 //! How CPU mappings are really changed: the [`Engine`] trait that the mm consumes, the [`FaultSink`] trait through
 //! which an engine reports, and the data that passes between them. An engine knows this file and the ground floor.
 
+mod linux;
+mod lost;
 pub mod model;
+mod say;
+pub mod signal;
+mod threads;
+mod trap;
 pub mod uffd;
 
 use crate::addr::{AddrRange, VirtAddr};
@@ -86,6 +92,8 @@ pub enum Stop {
     Refused,
     /// No memory for a page.
     NoMemory,
+    /// The page is there, but becomes accessible only together with all others of its leaf: they must come home first.
+    WithLeaf,
 }
 
 /// Source of [`Engine::give`]'s pages.
@@ -108,6 +116,8 @@ pub struct FaultEvent {
     pub thread: u32,
     /// The toucher is one of the library's own threads: a callback touched memory that migrates.
     pub from_service_thread: bool,
+    /// The toucher itself answers, in a signal handler.
+    pub inline: bool,
 }
 
 /// A change of the layout that the process made.
@@ -129,8 +139,14 @@ pub enum MapEvent {
 /// What the sink did about a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resolution {
-    /// The toucher was woken, or will be by whoever holds the page.
+    /// The page is there (or the mapping is gone), and the toucher was woken: it tries again.
     Resolved,
+    /// A migration holds the page, and wakes the toucher when it is done.
+    Parked,
+    /// The device lost the page: the touch gets SIGBUS.
+    Lost,
+    /// The device's `fault` must not run in the toucher's signal handler: report the fault again from another thread.
+    HandOver,
     /// Layout changes must be read first; report the fault again afterwards.
     Retry,
     /// The toucher itself holds the page, in a migration's callback: nobody can help it.
@@ -219,9 +235,16 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
     /// store. Holes stay holes: their frames stay empty.
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
+    /// Second half of [`Engine::take`] for engines that only copied the contents: the pages lose what they still have.
+    /// Called with no lock held. A page that is not done keeps its contents, and [`Engine::give`] restores it.
+    fn withdraw(&self, range: AddrRange) -> Progress {
+        Progress { pages: range.pages(), stop: Stop::Done }
+    }
     /// Installs the contents of frames from `frame` on, each page atomically. Need not wake anybody: the caller does,
     /// when it is done with everything else.
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
+    /// A hole that was taken is a hole again.
+    fn give_hole(&self, _page: VirtAddr) {}
     /// Installs a page of zeros and wakes who waits for it.
     fn zero(&self, page: VirtAddr, write: bool) -> Progress;
     /// As [`Engine::zero`] for a run of pages, as far as they are holes; the first counts, the rest is best effort.
@@ -261,6 +284,13 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     }
     /// Frees the memory of frame slots; they are empty afterwards. Never called by a thread that reads events.
     fn empty_frames(&self, frames: AddrRange);
+    /// Whether pages may leave now. Asked by the thread that is about to migrate.
+    ///
+    /// # Errors
+    /// `Unsupported` with the reason, when a touch could not be answered any more.
+    fn check_ready(&self) -> Result<()> {
+        Ok(())
+    }
     /// Whether the calling thread is one of the engine's own (it must then never wait for the others).
     fn is_service_thread(&self) -> bool;
 }

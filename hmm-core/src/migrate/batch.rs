@@ -7,7 +7,8 @@ use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
-use crate::mm::frames::{Block, SlotSet};
+use crate::mm::frames::Block;
+use crate::page_set::PageSet;
 use crate::mm::inflight::{Flight, is_candidate};
 use crate::mm::page_table::{Entry, Leaf, Place};
 use crate::mm::{Mm, Vma};
@@ -25,6 +26,8 @@ pub(super) enum Held {
     Mapped,
     /// The contents are in its frame.
     Taken,
+    /// The contents are in its frame, and must go back: they could not be removed from where they were.
+    Returning,
     /// There are no contents: a hole, or the zero page (which lies in its frame).
     Empty,
     /// The contents are on a device.
@@ -151,8 +154,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Pages that every migration under way needs while it holds others: the callers' arrays and stacks.
-    fn blocked(&self, part: AddrRange) -> SlotSet {
-        let mut blocked = SlotSet::default();
+    fn blocked(&self, part: AddrRange) -> PageSet {
+        let mut blocked = PageSet::default();
         self.mm.inflight.each_kept(|kept| {
             kept.intersect(part).into_iter().for_each(|pages| blocked.insert_pages(pages));
         });
@@ -168,7 +171,7 @@ impl<'a> Batch<'a> {
         &mut self,
         part: AddrRange,
         select: Select,
-        blocked: &SlotSet,
+        blocked: &PageSet,
     ) -> Result<()> {
         let want_system = select.contains(Select::SYSTEM) && self.vma.can_migrate();
         let want_device = select.contains(Select::DEVICE);
@@ -209,7 +212,7 @@ impl<'a> Batch<'a> {
     /// One block of frames for each leaf; without one, the leaf's pages stay.
     fn borrow_frames(&mut self) {
         for (number, part) in self.range.by_leaf().enumerate() {
-            let (mut empty, mut full) = (SlotSet::default(), SlotSet::default());
+            let (mut empty, mut full) = (PageSet::default(), PageSet::default());
             for offset in 0..part.pages() {
                 let address = part.page_at(offset);
                 match self.pages[self.range.index_of(address)].held {

@@ -45,7 +45,9 @@ impl Batch<'_> {
         for index in 0..self.pages.len() {
             let page = self.pages[index];
             match (page.held, page.fate) {
-                (Held::No, _) | (Held::Taken, Fate::Restore) | (_, Fate::ToSystem) => {}
+                (Held::No, _)
+                | (Held::Taken | Held::Returning, Fate::Restore)
+                | (_, Fate::ToSystem) => {}
                 (_, Fate::ToDevice(target)) => {
                     strays |= !self.flight.is_in_place(index);
                     self.land_on_device(index, target);
@@ -53,7 +55,10 @@ impl Batch<'_> {
                 (_, Fate::Lost) => {
                     self.land_lost(index);
                 }
-                (_, Fate::Restore) => {
+                (held, Fate::Restore) => {
+                    if let (Held::Empty, Some(address)) = (held, self.flight.address(index)) {
+                        mm.engine.give_hole(address);
+                    }
                     let kept = self.install(index, page.entry);
                     self.count_dropped(index, kept);
                 }

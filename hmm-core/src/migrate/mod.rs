@@ -13,10 +13,10 @@ use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Select};
 use crate::limits::BATCH_LEAVES;
-use crate::mm::frames::SlotSet;
 use crate::mm::inflight::Flight;
 use crate::mm::{Mm, Vma};
 use crate::ops::{MigrateOps, OwnerId};
+use crate::page_set::PageSet;
 use crate::sync::this_thread;
 use batch::Batch;
 use std::sync::Arc;
@@ -89,11 +89,14 @@ impl Mm {
         self.check_open()?;
         if request.select.contains(Select::SYSTEM) {
             self.check_not_closing()?;
+            self.engine.check_ready()?;
         }
         if self.notifiers.in_callback() {
             return Err(Error::Deadlock { what: "migration from inside a notifier callback" });
         }
         let vma = self.vma_covering(request.range)?;
+        // The look may have shown that the program changed something.
+        self.engine.drain();
         src.fill(MigratePfn::default());
         dst.fill(MigratePfn::default());
         let job = Job { mm: self, vma: &vma, request };
@@ -130,7 +133,7 @@ impl Job<'_> {
         ops: &mut dyn MigrateOps,
         src: &mut [MigratePfn],
         dst: &mut [MigratePfn],
-    ) -> Result<[SlotSet; BATCH_LEAVES]> {
+    ) -> Result<[PageSet; BATCH_LEAVES]> {
         let (mm, vma) = (self.mm, self.vma);
         let keep = [memory_of(src), memory_of(dst)];
         let mut batch = Batch::hold(mm, vma, self.request, range, keep)?;
@@ -153,7 +156,7 @@ impl Job<'_> {
     fn run_busy(
         &self,
         range: AddrRange,
-        busy: &[SlotSet; BATCH_LEAVES],
+        busy: &[PageSet; BATCH_LEAVES],
         ops: &mut dyn MigrateOps,
         src: &mut [MigratePfn],
         dst: &mut [MigratePfn],

@@ -5,8 +5,8 @@ use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Present, Stop, Watch};
 use crate::error::Result;
 use crate::limits::{BATCH_LEAVES, DEADLINE};
-use crate::mm::frames::SlotSet;
 use crate::ops::{InvalidateEvent, Invalidation};
+use crate::page_set::PageSet;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -14,9 +14,9 @@ impl Batch<'_> {
     /// Invalidates the mirrors, then empties the pages that the batch holds. Notifiers stay busy until that is done,
     /// so that no device maps a page again that is about to go.
     /// Returns the pages of each leaf that it let go of because they are shared or pinned.
-    pub(super) fn take_contents(&mut self) -> Result<[SlotSet; BATCH_LEAVES]> {
+    pub(super) fn take_contents(&mut self) -> Result<[PageSet; BATCH_LEAVES]> {
         if self.pages.iter().all(|page| page.held == Held::No) {
-            return Ok([SlotSet::default(); BATCH_LEAVES]);
+            return Ok([PageSet::default(); BATCH_LEAVES]);
         }
         self.mm.stats.invalidations.fetch_add(1, Ordering::Relaxed);
         let update =
@@ -26,13 +26,14 @@ impl Batch<'_> {
         self.take_all()
     }
 
-    fn take_all(&mut self) -> Result<[SlotSet; BATCH_LEAVES]> {
+    fn take_all(&mut self) -> Result<[PageSet; BATCH_LEAVES]> {
         if self.pages.iter().any(|page| page.held == Held::Mapped) {
             self.release_dropped()?;
         }
-        let mut busy = [SlotSet::default(); BATCH_LEAVES];
+        let mut busy = [PageSet::default(); BATCH_LEAVES];
         for (number, part) in self.range.by_leaf().enumerate() {
             busy[number] = self.take_leaf(number, part);
+            self.withdraw_leaf(part);
         }
         Ok(busy)
     }
@@ -69,8 +70,8 @@ impl Batch<'_> {
     }
 
     /// Takes the mapped pages of one leaf; returns the slots of those that are shared or pinned, which it let go of.
-    fn take_leaf(&mut self, number: usize, part: AddrRange) -> SlotSet {
-        let mut busy = SlotSet::default();
+    fn take_leaf(&mut self, number: usize, part: AddrRange) -> PageSet {
+        let mut busy = PageSet::default();
         let first = self.range.index_of(part.start());
         let end = first + part.pages();
         let deadline = Instant::now() + DEADLINE;
@@ -139,6 +140,35 @@ impl Batch<'_> {
             self.pages[page].held = Held::Taken;
         }
         (progress.pages, progress.stop)
+    }
+
+    /// What was taken is removed from where it was, unless the engine did so at once. No lock is held: the engine may
+    /// have to wait for an event to be read.
+    fn withdraw_leaf(&mut self, part: AddrRange) {
+        let (mut index, deadline) = (self.range.index_of(part.start()), Instant::now() + DEADLINE);
+        let end = index + part.pages();
+        while index < end {
+            let count = (index..end).take_while(|page| self.is_taken_in_place(*page)).count();
+            if count == 0 {
+                index += 1;
+                continue;
+            }
+            let progress = self.mm.engine.withdraw(self.range.sub(index, count));
+            index += progress.pages;
+            match progress.stop {
+                Stop::Done => {}
+                Stop::Retry if Instant::now() < deadline => self.drain(),
+                _ => {
+                    self.pages[index].held = Held::Returning;
+                    index += 1;
+                }
+            }
+        }
+    }
+
+    fn is_taken_in_place(&self, index: usize) -> bool {
+        matches!(self.pages[index].held, Held::Taken | Held::Empty)
+            && self.flight.is_in_place(index)
     }
 
     fn watch_absence(&self, run: AddrRange) -> Result<()> {

@@ -5,7 +5,7 @@
 
 use super::Mm;
 use super::page_table::Place;
-use crate::addr::{AddrRange, Pfn, VirtAddr};
+use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::devmem::Devmem;
 use crate::engine::{FaultEvent, FaultSink, MapEvent, MapTicket, Progress, Resolution, Stop};
 use crate::error::{Error, Result};
@@ -13,6 +13,7 @@ use crate::flags::FaultFlags;
 use crate::limits::DEADLINE;
 use crate::mm::vma::Vma;
 use crate::ops::{CpuFault, FaultError};
+use crate::sync::this_thread;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,10 @@ impl FaultSink for Mm {
         }
         match self.look(fault) {
             Look::Device(page) => {
+                if fault.inline && !self.may_answer_inline(page) {
+                    Devmem::find(page).into_iter().for_each(|devmem| devmem.put(page));
+                    return Resolution::HandOver;
+                }
                 self.stats.device_faults.fetch_add(1, Ordering::Relaxed);
                 self.serve_device_fault(fault, page)
             }
@@ -33,7 +38,7 @@ impl FaultSink for Mm {
                     self.stats.self_faults.fetch_add(1, Ordering::Relaxed);
                     return Resolution::WaitsForItself;
                 }
-                Resolution::Resolved
+                Resolution::Parked
             }
             Look::Answered(resolution) => resolution,
         }
@@ -92,7 +97,7 @@ impl Mm {
             Place::Poisoned => {
                 self.engine.poison(fault.addr);
                 self.engine.wake(AddrRange::page_of(fault.addr));
-                Look::Answered(Resolution::Resolved)
+                Look::Answered(Resolution::Lost)
             }
             Place::System => {
                 self.stats.zero_faults.fetch_add(1, Ordering::Relaxed);
@@ -101,12 +106,21 @@ impl Mm {
                 let run = AddrRange::from_bounds(fault.addr.get(), end);
                 let progress = self.engine.zero_run(run, fault.write);
                 drop((entries, layout));
-                Look::Answered(self.after_zero(fault.addr, progress))
+                Look::Answered(self.after_zero(fault, progress))
             }
         }
     }
 
-    fn after_zero(&self, addr: VirtAddr, progress: Progress) -> Resolution {
+    /// In a signal handler the driver is only called when it can stand it, and when this thread is not inside one of its
+    /// callbacks.
+    fn may_answer_inline(&self, page: Pfn) -> bool {
+        Devmem::find(page).is_some_and(|devmem| devmem.ops().is_signal_safe())
+            && !self.notifiers.in_callback()
+            && self.inflight.count_of_thread(this_thread()) == 0
+    }
+
+    fn after_zero(&self, fault: FaultEvent, progress: Progress) -> Resolution {
+        let addr = fault.addr;
         if progress.pages > 0 {
             return Resolution::Resolved;
         }
@@ -118,6 +132,21 @@ impl Mm {
                 self.engine.wake(AddrRange::page_of(addr));
                 Resolution::Resolved
             }
+            Stop::WithLeaf if fault.inline => Resolution::HandOver,
+            Stop::WithLeaf => self.bring_leaf_home(addr),
+        }
+    }
+
+    /// The page is at home, and becomes accessible with the last one of its leaf.
+    fn bring_leaf_home(&self, addr: VirtAddr) -> Resolution {
+        let start = addr.leaf().get();
+        match self.bring_home(AddrRange::from_bounds(start, start + LEAF_SIZE)) {
+            // A page that was lost on the way does not keep the others away.
+            Ok(_) | Err(Error::Lost { .. }) => {
+                self.engine.zero(addr, false);
+                Resolution::Resolved
+            }
+            Err(_) => Resolution::Retry,
         }
     }
 
@@ -132,7 +161,7 @@ impl Mm {
             Err(FaultError::OutOfMemory) => return Resolution::Retry,
         }
         match self.table.entry(fault.addr) {
-            entry if entry.is_locked() => Resolution::Resolved,
+            entry if entry.is_locked() => Resolution::Parked,
             entry if entry.place() == Place::Device(page) => Resolution::Retry,
             // The migration that brought it home landed after the toucher went to sleep, and woke it.
             _ => Resolution::Resolved,

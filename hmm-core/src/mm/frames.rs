@@ -9,39 +9,8 @@ use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SIZE, VirtAddr};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::limits::{FRAME_BLOCKS, IDLE_BLOCKS, RESTING_BLOCKS};
+use crate::page_set::PageSet;
 use crate::sync::Mutex;
-
-const WORDS: usize = LEAF_PAGES / 64;
-
-/// A set of slots of one block, or of pages of one leaf.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct SlotSet([u64; WORDS]);
-
-impl SlotSet {
-    pub(crate) fn insert(&mut self, slot: usize) {
-        self.0[slot / 64] |= 1 << (slot % 64);
-    }
-    /// The slots of the pages of a range inside one leaf.
-    pub(crate) fn insert_pages(&mut self, range: AddrRange) {
-        (0..range.pages()).for_each(|page| self.insert(range.page_at(page).index_in_leaf()));
-    }
-    pub(crate) fn remove(&mut self, slot: usize) {
-        self.0[slot / 64] &= !(1 << (slot % 64));
-    }
-    pub(crate) fn contains(&self, slot: usize) -> bool {
-        self.0[slot / 64] & (1 << (slot % 64)) != 0
-    }
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.iter().all(|word| *word == 0)
-    }
-    fn overlaps(&self, other: &Self) -> bool {
-        self.0.iter().zip(&other.0).any(|(a, b)| a & b != 0)
-    }
-    /// How many of `wanted` are missing here.
-    fn missing(&self, wanted: &Self) -> u32 {
-        self.0.iter().zip(&wanted.0).map(|(have, want)| (want & !have).count_ones()).sum()
-    }
-}
 
 /// A borrowed block.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +19,7 @@ pub(crate) struct Block {
     /// Address of slot 0.
     pub(crate) base: VirtAddr,
     /// Which slots have a page.
-    pub(crate) populated: SlotSet,
+    pub(crate) populated: PageSet,
 }
 
 impl Block {
@@ -61,7 +30,7 @@ impl Block {
 
 #[derive(Debug)]
 struct Pool {
-    populated: [SlotSet; FRAME_BLOCKS],
+    populated: [PageSet; FRAME_BLOCKS],
     /// Blocks that nobody borrows, most recently used last.
     idle: [u16; FRAME_BLOCKS],
     idle_count: usize,
@@ -80,7 +49,7 @@ pub(crate) struct Frames {
 
 impl Pool {
     /// Position in `idle` of the best block: no slot of `empty` populated, fewest slots of `full` to fill.
-    fn best(&self, empty: &SlotSet, full: &SlotSet) -> Option<usize> {
+    fn best(&self, empty: &PageSet, full: &PageSet) -> Option<usize> {
         let mut best = None;
         for at in (0..self.idle_count).rev() {
             let populated = &self.populated[usize::from(self.idle[at])];
@@ -135,7 +104,7 @@ impl Frames {
     pub(crate) fn new(engine: &dyn Engine) -> Result<Self> {
         let area = engine.reserve_frames(FRAME_BLOCKS as u64 * LEAF_SIZE)?;
         let pool = Pool {
-            populated: [SlotSet::default(); FRAME_BLOCKS],
+            populated: [PageSet::default(); FRAME_BLOCKS],
             idle: [0; FRAME_BLOCKS],
             idle_count: 0,
             untouched: 0,
@@ -156,8 +125,8 @@ impl Frames {
     pub(crate) fn borrow(
         &self,
         engine: &dyn Engine,
-        empty: &SlotSet,
-        full: &SlotSet,
+        empty: &PageSet,
+        full: &PageSet,
     ) -> Option<Block> {
         let mut pool = self.pool.lock();
         pool.used = true;
@@ -169,7 +138,7 @@ impl Frames {
                 None => {
                     // Every block is populated where it must not be: free the oldest one's memory.
                     let number = pool.surplus(0)?;
-                    pool.populated[usize::from(number)] = SlotSet::default();
+                    pool.populated[usize::from(number)] = PageSet::default();
                     drop(pool);
                     engine.empty_frames(self.block(number));
                     pool = self.pool.lock();
@@ -194,7 +163,7 @@ impl Frames {
             return;
         }
         while let Some(number) = pool.surplus(RESTING_BLOCKS) {
-            pool.populated[usize::from(number)] = SlotSet::default();
+            pool.populated[usize::from(number)] = PageSet::default();
             drop(pool);
             engine.empty_frames(self.block(number));
             pool = self.pool.lock();
@@ -212,7 +181,7 @@ impl Frames {
             return;
         }
         while let Some(number) = pool.surplus(IDLE_BLOCKS) {
-            pool.populated[usize::from(number)] = SlotSet::default();
+            pool.populated[usize::from(number)] = PageSet::default();
             drop(pool);
             engine.empty_frames(self.block(number));
             pool = self.pool.lock();
@@ -222,7 +191,7 @@ impl Frames {
 }
 
 /// Populates what is missing of `wanted`, run by run.
-fn fill(engine: &dyn Engine, block: &mut Block, wanted: &SlotSet) -> bool {
+fn fill(engine: &dyn Engine, block: &mut Block, wanted: &PageSet) -> bool {
     if block.populated.missing(wanted) == 0 {
         return true;
     }
@@ -247,22 +216,3 @@ fn fill(engine: &dyn Engine, block: &mut Block, wanted: &SlotSet) -> bool {
 }
 
 const _: () = assert!(FRAME_BLOCKS <= u16::MAX as usize && LEAF_PAGES * PAGE_SIZE == 2 << 20);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn set(slots: std::ops::Range<usize>) -> SlotSet {
-        let mut set = SlotSet::default();
-        slots.for_each(|slot| set.insert(slot));
-        set
-    }
-
-    #[test]
-    fn slot_sets_count_what_is_missing() {
-        let have = set(10..100);
-        assert_eq!(have.missing(&set(90..110)), 10);
-        assert!(have.overlaps(&set(99..300)));
-        assert!(!have.overlaps(&set(100..300)));
-    }
-}

@@ -1,4 +1,4 @@
-//! The kernel's ABI of userfaultfd, `PAGEMAP_SCAN` and `PROCMAP_QUERY`: structures, numbers, thin ioctl calls.
+//! The kernel's ABI of userfaultfd: structures, numbers, thin ioctl calls.
 //!
 //! Written from the headers' facts rather than taken from the system, whose headers may be older than its kernel.
 
@@ -14,6 +14,7 @@ pub(super) mod feature {
     pub(crate) const EVENT_REMAP: u64 = 1 << 2;
     pub(crate) const EVENT_REMOVE: u64 = 1 << 3;
     pub(crate) const EVENT_UNMAP: u64 = 1 << 6;
+    pub(crate) const SIGBUS: u64 = 1 << 7;
     pub(crate) const THREAD_ID: u64 = 1 << 8;
     pub(crate) const WP_UNPOPULATED: u64 = 1 << 13;
     pub(crate) const POISON: u64 = 1 << 14;
@@ -25,22 +26,13 @@ pub(super) const REGISTER_MISSING: u64 = 1 << 0;
 pub(super) const REGISTER_WP: u64 = 1 << 1;
 pub(super) const DONT_WAKE: u64 = 1 << 0;
 pub(super) const MOVE_ALLOW_SRC_HOLES: u64 = 1 << 1;
+pub(super) const WRITEPROTECT_WP: u64 = 1 << 0;
 pub(super) const FAULT_WRITE: u64 = 1 << 0;
 
 pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
 pub(super) const EVENT_REMAP: u8 = 0x14;
 pub(super) const EVENT_REMOVE: u8 = 0x15;
 pub(super) const EVENT_UNMAP: u8 = 0x16;
-
-pub(super) const PAGE_IS_PRESENT: u64 = 1 << 3;
-pub(super) const PAGE_IS_SWAPPED: u64 = 1 << 4;
-pub(super) const PAGE_IS_PFNZERO: u64 = 1 << 5;
-
-pub(super) const VMA_READABLE: u64 = 1 << 0;
-pub(super) const VMA_WRITABLE: u64 = 1 << 1;
-pub(super) const VMA_EXECUTABLE: u64 = 1 << 2;
-pub(super) const VMA_SHARED: u64 = 1 << 3;
-pub(super) const VMA_COVERING_OR_NEXT: u64 = 1 << 4;
 
 #[repr(C)]
 #[derive(Default)]
@@ -84,6 +76,13 @@ pub(super) struct Fill {
     pub(super) done: i64,
 }
 
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct Protect {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+}
+
 /// `struct uffd_msg`: the event's arguments as three words.
 #[repr(C)]
 #[derive(Default, Clone, Copy)]
@@ -93,60 +92,13 @@ pub(super) struct Message {
     pub(super) argument: [u64; 3],
 }
 
-#[repr(C)]
-#[derive(Default)]
-pub(super) struct ScanRequest {
-    pub(super) size: u64,
-    pub(super) flags: u64,
-    pub(super) start: u64,
-    pub(super) end: u64,
-    pub(super) walk_end: u64,
-    pub(super) regions: u64,
-    pub(super) regions_len: u64,
-    pub(super) max_pages: u64,
-    pub(super) category_inverted: u64,
-    pub(super) category_mask: u64,
-    pub(super) category_any_of: u64,
-    pub(super) return_mask: u64,
-}
-
-#[repr(C)]
-#[derive(Default, Clone, Copy)]
-pub(super) struct ScanRegion {
-    pub(super) start: u64,
-    pub(super) end: u64,
-    pub(super) categories: u64,
-}
-
-#[repr(C)]
-#[derive(Default)]
-pub(super) struct VmaQuery {
-    pub(super) size: u64,
-    pub(super) flags: u64,
-    pub(super) address: u64,
-    pub(super) start: u64,
-    pub(super) end: u64,
-    pub(super) vma_flags: u64,
-    pub(super) page_size: u64,
-    pub(super) offset: u64,
-    pub(super) inode: u64,
-    pub(super) device_major: u32,
-    pub(super) device_minor: u32,
-    pub(super) name_size: u32,
-    pub(super) build_id_size: u32,
-    pub(super) name: u64,
-    pub(super) build_id: u64,
-}
-
 const _: () = {
     assert!(size_of::<ApiRequest>() == 24);
     assert!(size_of::<Register>() == 32);
     assert!(size_of::<Transfer>() == 40);
     assert!(size_of::<Fill>() == 32);
+    assert!(size_of::<Protect>() == 24);
     assert!(size_of::<Message>() == 32);
-    assert!(size_of::<ScanRequest>() == 96);
-    assert!(size_of::<ScanRegion>() == 24);
-    assert!(size_of::<VmaQuery>() == 104);
 };
 
 const UFFD: u8 = 0xAA;
@@ -157,9 +109,8 @@ const UFFDIO_WAKE: Opcode = opcode::read::<Range>(UFFD, 0x02);
 const UFFDIO_COPY: Opcode = opcode::read_write::<Transfer>(UFFD, 0x03);
 const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<Fill>(UFFD, 0x04);
 const UFFDIO_MOVE: Opcode = opcode::read_write::<Transfer>(UFFD, 0x05);
+const UFFDIO_WRITEPROTECT: Opcode = opcode::read_write::<Protect>(UFFD, 0x06);
 const UFFDIO_POISON: Opcode = opcode::read_write::<Fill>(UFFD, 0x08);
-const PAGEMAP_SCAN: Opcode = opcode::read_write::<ScanRequest>(b'f', 16);
-const PROCMAP_QUERY: Opcode = opcode::read_write::<VmaQuery>(b'f', 17);
 
 macro_rules! call {
     ($(#[$doc:meta])* $name:ident, $opcode:ident, $request:ty) => {
@@ -180,43 +131,12 @@ call!(wake, UFFDIO_WAKE, Range);
 call!(copy, UFFDIO_COPY, Transfer);
 call!(zero_page, UFFDIO_ZEROPAGE, Fill);
 call!(poison, UFFDIO_POISON, Fill);
-call!(vma_query, PROCMAP_QUERY, VmaQuery);
+call!(write_protect, UFFDIO_WRITEPROTECT, Protect);
 
 /// `UFFDIO_MOVE`; `move` is a word of the language.
 pub(super) fn move_pages(fd: impl AsFd, request: &mut Transfer) -> Result<(), Errno> {
     // SAFETY: as in `call!`; the callers pass ranges that they may empty and fill.
     unsafe { ioctl::ioctl(fd, Updater::<'_, { UFFDIO_MOVE }, Transfer>::new(request)) }
-}
-
-/// Returns the number of regions stored.
-struct Scan<'a>(&'a mut ScanRequest);
-
-// SAFETY: the number belongs to the structure; the kernel updates it and returns a count.
-unsafe impl Ioctl for Scan<'_> {
-    type Output = usize;
-    const IS_MUTATING: bool = true;
-    fn opcode(&self) -> Opcode {
-        PAGEMAP_SCAN
-    }
-    fn as_ptr(&mut self) -> *mut c_void {
-        std::ptr::from_mut(self.0).cast()
-    }
-    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<usize> {
-        Ok(usize::try_from(output).unwrap_or(0))
-    }
-}
-
-/// `PAGEMAP_SCAN` into `regions`.
-pub(super) fn pagemap_scan(
-    fd: impl AsFd,
-    request: &mut ScanRequest,
-    regions: &mut [ScanRegion],
-) -> Result<usize, Errno> {
-    request.size = size_of::<ScanRequest>() as u64;
-    request.regions = regions.as_mut_ptr().expose_provenance() as u64;
-    request.regions_len = regions.len() as u64;
-    // SAFETY: `regions` is writable for `regions_len` elements during the call.
-    unsafe { ioctl::ioctl(fd, Scan(request)) }
 }
 
 /// `USERFAULTFD_IOC_NEW`: a userfaultfd from `/dev/userfaultfd`.

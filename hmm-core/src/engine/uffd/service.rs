@@ -4,12 +4,14 @@
 //! before it is released. Only then are faults answered, from the state of the page as it is by now.
 
 use super::abi::{self, Message, Range};
-use super::watch;
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
-use crate::engine::{FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution};
+use crate::engine::{
+    FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution, lost, say, threads,
+};
 use crate::error::{Error, Result};
-use crate::limits::{EVENT_BATCH, STUCK};
+use crate::engine::trap::Trap;
+use crate::limits::{EVENT_BATCH, MIGRATIONS, STUCK};
 use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
@@ -19,17 +21,15 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 const THREADS: usize = 1024;
-const STACK: usize = 512 << 10;
 /// A fault that needs other events to be read first is tried again so often before it is woken to fault anew.
 const TRIES: usize = 64;
 /// Looks at a taken lock before a thread queues for it.
 const MISSES: usize = 64;
 
 /// The threads and what they share.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Service {
     shared: Shared<Common>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Stuck {
@@ -46,6 +46,11 @@ struct Common {
     handles: [AtomicUsize; THREADS],
     ids: [AtomicU32; THREADS],
     work: [Work; THREADS],
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Drops of the engine's own, which are reported like the program's.
+    drops: Mutex<[Option<AddrRange>; MIGRATIONS]>,
+    /// The kernel has no poison: who touches a lost page is sent a signal.
+    sends_signals: bool,
 }
 
 /// What a service thread is doing, for the watch.
@@ -64,7 +69,11 @@ impl std::fmt::Debug for Common {
 }
 
 impl Service {
-    pub(super) fn new(descriptor: Shared<OwnedFd>, layout: Shared<LayoutLock>) -> Result<Self> {
+    pub(super) fn new(
+        descriptor: Shared<OwnedFd>,
+        layout: Shared<LayoutLock>,
+        sends_signals: bool,
+    ) -> Result<Self> {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))?;
         let shared = Common {
@@ -75,34 +84,42 @@ impl Service {
             handles: [const { AtomicUsize::new(0) }; THREADS],
             ids: [const { AtomicU32::new(0) }; THREADS],
             work: std::array::from_fn(|_| Work::default()),
+            threads: Mutex::new(Vec::new()),
+            drops: Mutex::new([None; MIGRATIONS]),
+            sends_signals,
         };
         let no_memory = Error::NoMemory { what: "the service threads' state" };
         let shared = Shared::new(shared).ok_or(no_memory)?;
-        Ok(Self { shared, threads: Mutex::new(Vec::new()) })
+        Ok(Self { shared })
     }
 
-    pub(super) fn start(&self, sink: Arc<dyn FaultSink>) -> Result<()> {
+    /// Starts the threads; the watch looks after the trap, too, if there is one.
+    pub(super) fn start(
+        &self,
+        sink: Arc<dyn FaultSink>,
+        trap: Option<Shared<Trap>>,
+    ) -> Result<()> {
         *self.shared.sink.write() = Some(sink);
-        let mut threads = self.threads.lock();
-        for (number, cpu) in usable_cpus().into_iter().take(THREADS - 1).enumerate() {
+        let mut threads = self.shared.threads.lock();
+        for (number, cpu) in threads::usable_cpus().into_iter().take(THREADS - 1).enumerate() {
             let shared = self.shared.clone();
             let spawned = std::thread::Builder::new()
                 .name(format!("hmm-uffd/{cpu}"))
-                .stack_size(STACK)
+                .stack_size(threads::STACK)
                 .spawn(move || shared.run(number, cpu));
-            threads.push(spawned.map_err(cannot_start)?);
+            threads.push(spawned.map_err(threads::cannot_start)?);
         }
         let number = threads.len();
         let shared = self.shared.clone();
-        let watch = std::thread::Builder::new().name("hmm-watch".into()).stack_size(STACK);
-        threads.push(watch.spawn(move || shared.watch(number)).map_err(cannot_start)?);
+        let watch = std::thread::Builder::new().name("hmm-watch".into()).stack_size(threads::STACK);
+        threads.push(watch.spawn(move || shared.watch(number, trap.as_deref())).map_err(threads::cannot_start)?);
         drop(threads);
         self.wait_until_running()
     }
 
     /// Faults are answered from now on, and the threads' own memory is known.
     fn wait_until_running(&self) -> Result<()> {
-        let count = self.threads.lock().len();
+        let count = self.shared.threads.lock().len();
         for _ in 0..10_000 {
             let running = self.shared.ids.iter().take(count);
             if running.filter(|id| id.load(Ordering::Acquire) != 0).count() == count {
@@ -116,7 +133,7 @@ impl Service {
 
     pub(super) fn stop(&self) {
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
-        for thread in self.threads.lock().drain(..) {
+        for thread in self.shared.threads.lock().drain(..) {
             // A panic on it has ended the process already.
             let _ = thread.join();
         }
@@ -131,28 +148,29 @@ impl Service {
         self.shared.drain();
     }
 
+    /// The calling thread is about to drop the pages of a range, all in one vma. Waits for a place.
+    pub(super) fn expect_drop(&self, range: AddrRange) -> usize {
+        loop {
+            let mut drops = self.shared.drops.lock();
+            if let Some(place) = drops.iter().position(Option::is_none) {
+                drops[place] = Some(range);
+                return place;
+            }
+            drop(drops);
+            std::thread::yield_now();
+        }
+    }
+
+    /// The drop is done, or did not come.
+    pub(super) fn forget_drop(&self, place: usize) {
+        self.shared.drops.lock()[place] = None;
+    }
+
     pub(super) fn is_own_thread(&self) -> bool {
         let me = this_thread();
         let handles = self.shared.handles.iter().map(|one| one.load(Ordering::Relaxed));
         handles.take_while(|one| *one != 0).any(|one| one == me)
     }
-}
-
-fn cannot_start(error: std::io::Error) -> Error {
-    Error::Os {
-        call: "pthread_create",
-        address: VirtAddr::new(0),
-        errno: error.raw_os_error().unwrap_or(libc::EAGAIN),
-    }
-}
-
-/// Cores that this process may run on.
-fn usable_cpus() -> Vec<usize> {
-    let allowed = rustix::thread::sched_getaffinity(None);
-    let count = rustix::thread::CpuSet::MAX_CPU;
-    let cpus: Vec<_> =
-        allowed.map(|set| (0..count).filter(|cpu| set.is_set(*cpu)).collect()).unwrap_or_default();
-    if cpus.is_empty() { vec![0] } else { cpus }
 }
 
 impl Common {
@@ -174,13 +192,9 @@ impl Common {
             // A core that went offline meanwhile only costs speed.
             let _ = rustix::thread::sched_setaffinity(None, &set);
         }
-        block_signals();
-        if let (Some(stack), Some(sink)) = (own_stack(), &*self.sink.read()) {
-            sink.on_own_memory(stack);
-            populate(stack);
-        }
+        let sink = self.sink.read().clone();
+        let id = threads::prepare(sink.as_deref());
         self.handles[number].store(this_thread(), Ordering::Relaxed);
-        let id = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         self.ids[number].store(id, Ordering::Release);
     }
 
@@ -215,7 +229,7 @@ impl Common {
 
     /// Looks after the others: reports who is stuck, and reads on when all are, so that a callback that waits for
     /// itself is named instead of hanging in silence.
-    fn watch(&self, number: usize) {
+    fn watch(&self, number: usize, trap: Option<&Trap>) {
         self.prepare(number, None);
         let mut reported = 0;
         loop {
@@ -224,10 +238,11 @@ impl Common {
             if matches!(rustix::event::poll(&mut stop, Some(&pause)), Ok(1..)) {
                 return;
             }
+            trap.into_iter().for_each(Trap::look_after);
             let stuck = self.stuck(number);
             if stuck.count > 0 && stuck.address != reported {
                 reported = stuck.address;
-                watch::report_stuck(VirtAddr::new(stuck.address));
+                say::stuck(VirtAddr::new(stuck.address));
             }
             if stuck.count == number {
                 self.read_for_stuck_threads();
@@ -239,7 +254,7 @@ impl Common {
     }
 
     fn stuck(&self, threads: usize) -> Stuck {
-        let limit = watch::milliseconds().saturating_sub(STUCK.as_millis() as u64);
+        let limit = milliseconds().saturating_sub(STUCK.as_millis() as u64);
         let mut stuck = Stuck { count: 0, address: 0 };
         for work in &self.work[..threads] {
             let address = work.address.load(Ordering::Relaxed);
@@ -259,7 +274,7 @@ impl Common {
             if message.event == abi::EVENT_PAGEFAULT {
                 let fault = self.fault(message);
                 if fault.from_service_thread {
-                    watch::report_self_fault(fault.addr);
+                    say::self_fault(fault.addr);
                 }
                 // Left in the queue of those who wait: a service thread answers it when it is free again.
                 self.wake(fault.addr);
@@ -276,9 +291,9 @@ impl Common {
             if message.event == abi::EVENT_PAGEFAULT {
                 let fault = self.fault(message);
                 if fault.from_service_thread {
-                    watch::report_self_fault(fault.addr);
+                    say::self_fault(fault.addr);
                 }
-                work.since.store(watch::milliseconds(), Ordering::Relaxed);
+                work.since.store(milliseconds(), Ordering::Relaxed);
                 work.address.store(fault.addr.get(), Ordering::Relaxed);
                 self.answer(&*sink, fault);
                 work.address.store(0, Ordering::Relaxed);
@@ -296,11 +311,28 @@ impl Common {
         let mut tickets: [Option<MapTicket>; EVENT_BATCH] = [const { None }; EVENT_BATCH];
         let count = self.read(messages);
         for (message, ticket) in messages[..count].iter().zip(&mut tickets) {
-            *ticket = map_event(message).map(|event| sink.on_map_event(event));
+            let event = map_event(message).filter(|event| !self.is_own_drop(event));
+            *ticket = event.map(|event| sink.on_map_event(event));
         }
         drop(changing);
         tickets.into_iter().flatten().for_each(|ticket| sink.finish_map_event(ticket));
         count
+    }
+
+    /// Each drop of the engine's own is reported once.
+    fn is_own_drop(&self, event: &MapEvent) -> bool {
+        let MapEvent::Remove(range) = event else { return false };
+        let mut drops = self.drops.lock();
+        let own = drops.iter_mut().find(|one| **one == Some(*range));
+        // The place stays taken until the drop is done.
+        own.map(|one| *one = Some(AddrRange::page_of(VirtAddr::new(0)))).is_some()
+    }
+
+    fn report_lost(&self, fault: FaultEvent) {
+        if self.sends_signals && fault.thread != 0 {
+            lost::send(fault.thread, fault.addr);
+        }
+        self.wake(fault.addr);
     }
 
     fn read(&self, messages: &mut [Message; EVENT_BATCH]) -> usize {
@@ -320,14 +352,16 @@ impl Common {
             write: flags & abi::FAULT_WRITE != 0,
             thread,
             from_service_thread: known.into_iter().any(|id| id == thread),
+            inline: false,
         }
     }
 
     fn answer(&self, sink: &dyn FaultSink, fault: FaultEvent) {
         for _ in 0..TRIES {
             match sink.on_fault(fault) {
-                Resolution::Resolved => return,
-                Resolution::WaitsForItself => return watch::report_own_batch(fault.addr),
+                Resolution::Resolved | Resolution::Parked | Resolution::HandOver => return,
+                Resolution::Lost => return self.report_lost(fault),
+                Resolution::WaitsForItself => return say::own_batch(fault.addr),
                 Resolution::Retry => self.drain(),
             }
             std::thread::yield_now();
@@ -370,35 +404,8 @@ fn map_event(message: &Message) -> Option<MapEvent> {
     }
 }
 
-/// The application's signal handlers have no business on these threads.
-fn block_signals() {
-    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigfillset initialises the set.
-    unsafe { libc::sigfillset(all.as_mut_ptr()) };
-    // SAFETY: `all` is initialised, and a null old set is allowed.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
-}
-
-/// The kernel may join a stack to a neighbouring mapping of the process, and watch both: no page of it may be absent.
-fn populate(stack: AddrRange) {
-    let (start, len) = (stack.start().as_ptr().cast(), stack.len() as usize);
-    // SAFETY: populating changes no contents. A part that cannot be populated is above the stack.
-    let _ = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxPopulateWrite) };
-}
-
-/// The calling thread's stack, with its control block.
-fn own_stack() -> Option<AddrRange> {
-    let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
-    // SAFETY: on success it initialises the attributes of the calling thread.
-    if unsafe { libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) } != 0 {
-        return None;
-    }
-    let (mut start, mut size) = (std::ptr::null_mut(), 0);
-    // SAFETY: the attributes are initialised; both results are written.
-    unsafe { libc::pthread_attr_getstack(attributes.as_ptr(), &mut start, &mut size) };
-    // SAFETY: initialised above, used no more.
-    unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
-    let start = start.addr() as u64;
-    // The control block and static thread-local storage are inside, at the top.
-    AddrRange::covering(start, size as u64).ok()
+/// A clock that only moves forward, in milliseconds.
+fn milliseconds() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
 }

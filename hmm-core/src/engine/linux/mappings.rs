@@ -1,64 +1,58 @@
-//! What the kernel says about this process: mappings and present pages.
+//! The process's mappings: by `PROCMAP_QUERY` (Linux 6.11), else from the text of `/proc/self/maps`. Both ways allocate
+//! nothing: faults are answered with them.
 
-use super::abi::{self, ScanRegion, ScanRequest, VmaQuery};
+use super::abi::{self, VmaQuery};
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
-use crate::engine::{Mapping, Present, VmaKind};
+use crate::engine::{Mapping, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
+use crate::sync::Mutex;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
-use std::io::{BufRead, BufReader};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Regions asked for at once.
-const REGIONS: usize = 64;
 const NAME: usize = 64;
+/// Room for a line of the text; what is longer is a path, whose end does not matter.
+const LINE: usize = 256;
 
-/// Open files of `/proc/self`.
+/// `/proc/self/maps`.
 #[derive(Debug)]
-pub(super) struct KernelView {
+pub(in crate::engine) struct Mappings {
     maps: OwnedFd,
-    pagemap: OwnedFd,
-    memory: OwnedFd,
-    /// `PROCMAP_QUERY` is missing (before Linux 6.11): parse the text.
-    parse_maps: AtomicBool,
+    /// `PROCMAP_QUERY` is missing: parse the text.
+    parse: AtomicBool,
+    /// Readers of the text share the file's position.
+    reading: Mutex<()>,
 }
 
-fn open(path: &'static str, flags: OFlags) -> Result<OwnedFd> {
-    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|errno| Error::os(path, VirtAddr::new(0), errno))
-}
-
-impl KernelView {
-    pub(super) fn open() -> Result<Self> {
-        Ok(Self {
-            maps: open("/proc/self/maps", OFlags::RDONLY)?,
-            pagemap: open("/proc/self/pagemap", OFlags::RDONLY)?,
-            memory: open("/proc/self/mem", OFlags::RDWR)?,
-            parse_maps: AtomicBool::new(false),
-        })
+impl Mappings {
+    pub(in crate::engine) fn open() -> Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let maps = rustix::fs::open("/proc/self/maps", flags, Mode::empty())
+            .map_err(|errno| Error::os("open /proc/self/maps", VirtAddr::new(0), errno))?;
+        Ok(Self { maps, parse: AtomicBool::new(false), reading: Mutex::new(()) })
     }
 
-    /// `/proc/self/mem`: accesses that never wait for a userfault.
-    pub(super) fn memory(&self) -> &OwnedFd {
-        &self.memory
+    /// How it asks, for people.
+    pub(in crate::engine) fn way(&self) -> &'static str {
+        if self.parse.load(Ordering::Relaxed) { "/proc/self/maps" } else { "PROCMAP_QUERY" }
     }
 
     /// The first mapping that ends above `addr`.
-    pub(super) fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
+    pub(in crate::engine) fn at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
         if addr.get() >= USER_END {
             return Ok(None);
         }
-        if !self.parse_maps.load(Ordering::Relaxed) {
+        if !self.parse.load(Ordering::Relaxed) {
             match self.query(addr) {
-                Err(Errno::NOTTY) => self.parse_maps.store(true, Ordering::Relaxed),
+                Err(Errno::NOTTY) => self.parse.store(true, Ordering::Relaxed),
                 Err(Errno::NOENT) => return Ok(None),
                 Err(errno) => return Err(Error::os("PROCMAP_QUERY", addr, errno)),
                 Ok(mapping) => return Ok(mapping),
             }
         }
-        parse_maps(addr)
+        self.read(addr).map_err(|errno| Error::os("/proc/self/maps", addr, errno))
     }
 
     fn query(&self, addr: VirtAddr) -> std::result::Result<Option<Mapping>, Errno> {
@@ -95,48 +89,33 @@ impl KernelView {
         VmaKind::Anonymous
     }
 
-    /// Runs of equal state that together cover the range.
-    pub(super) fn scan(
-        &self,
-        range: AddrRange,
-        report: &mut dyn FnMut(AddrRange, Present),
-    ) -> Result<()> {
-        let mut regions = [ScanRegion::default(); REGIONS];
-        let mut next = range.start().get();
-        while next < range.end().get() {
-            let mut request = ScanRequest {
-                start: next,
-                end: range.end().get(),
-                category_any_of: abi::PAGE_IS_PRESENT | abi::PAGE_IS_SWAPPED,
-                return_mask: abi::PAGE_IS_PRESENT | abi::PAGE_IS_SWAPPED | abi::PAGE_IS_PFNZERO,
-                ..ScanRequest::default()
-            };
-            let count = abi::pagemap_scan(&self.pagemap, &mut request, &mut regions)
-                .map_err(|errno| Error::os("PAGEMAP_SCAN", range.start(), errno))?;
-            for region in regions.iter().take(count) {
-                if next < region.start {
-                    report(AddrRange::from_bounds(next, region.start), Present::None);
-                }
-                report(AddrRange::from_bounds(region.start, region.end), present(region));
-                next = region.end;
+    /// Reads the text up to the line that is wanted.
+    fn read(&self, addr: VirtAddr) -> std::result::Result<Option<Mapping>, Errno> {
+        let _one = self.reading.lock();
+        rustix::fs::seek(&self.maps, SeekFrom::Start(0))?;
+        let mut text = [0_u8; PAGE_SIZE];
+        let (mut line, mut length) = ([0_u8; LINE], 0);
+        loop {
+            let count = rustix::io::read(&self.maps, &mut text)?;
+            if count == 0 {
+                return Ok(None);
             }
-            let walked = if count < REGIONS { range.end().get() } else { request.walk_end };
-            if next < walked {
-                report(AddrRange::from_bounds(next, walked), Present::None);
-                next = walked;
+            for byte in &text[..count] {
+                if *byte != b'\n' {
+                    if let Some(place) = line.get_mut(length) {
+                        (*place, length) = (*byte, length + 1);
+                    }
+                    continue;
+                }
+                let found = parse_line(ascii_part(&line[..length]));
+                length = 0;
+                if let Some(found) = found
+                    && found.range.end() > addr
+                {
+                    return Ok(Some(found));
+                }
             }
         }
-        Ok(())
-    }
-}
-
-fn present(region: &ScanRegion) -> Present {
-    if region.categories & abi::PAGE_IS_PFNZERO != 0 {
-        Present::Zero
-    } else if region.categories & abi::PAGE_IS_PRESENT != 0 {
-        Present::Page
-    } else {
-        Present::Swapped
     }
 }
 
@@ -175,22 +154,12 @@ fn mapping(
     Some(Mapping { range, protection, kind, identity })
 }
 
-/// Slow, and it allocates: only for kernels before 6.11.
-fn parse_maps(addr: VirtAddr) -> Result<Option<Mapping>> {
-    let fail = |error: std::io::Error| Error::Os {
-        call: "/proc/self/maps",
-        address: addr,
-        errno: error.raw_os_error().unwrap_or(libc::EIO),
-    };
-    for line in BufReader::new(std::fs::File::open("/proc/self/maps").map_err(fail)?).lines() {
-        let line = line.map_err(fail)?;
-        if let Some(found) = parse_line(&line)
-            && found.range.end() > addr
-        {
-            return Ok(Some(found));
-        }
+/// The line up to the first byte of a path that is not text.
+fn ascii_part(line: &[u8]) -> &str {
+    match std::str::from_utf8(line) {
+        Ok(text) => text,
+        Err(error) => std::str::from_utf8(&line[..error.valid_up_to()]).unwrap_or(""),
     }
-    Ok(None)
 }
 
 fn parse_line(line: &str) -> Option<Mapping> {
@@ -212,8 +181,9 @@ fn parse_line(line: &str) -> Option<Mapping> {
         (_, true) => VmaKind::SharedFile,
         (_, false) => VmaKind::PrivateFile,
     };
-    let device = device.replace(':', "");
-    let identity = inode ^ (u64::from_str_radix(&device, 16).unwrap_or(0) << 32);
+    let (major, minor) = device.split_once(':')?;
+    let number = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+    let identity = inode ^ (number(major) << 48) ^ (number(minor) << 32);
     mapping(start, end, protection, kind, identity)
 }
 
@@ -223,11 +193,11 @@ mod tests {
 
     #[test]
     fn text_and_query_agree_about_this_process() {
-        let view = KernelView::open().unwrap();
+        let mappings = Mappings::open().unwrap();
         let local = 0_u64;
         for address in [VirtAddr::from_ptr(&raw const local), VirtAddr::new(0x1000)] {
-            let asked = view.mapping_at(address.page()).unwrap().unwrap();
-            let parsed = parse_maps(address.page()).unwrap().unwrap();
+            let asked = mappings.at(address.page()).unwrap().unwrap();
+            let parsed = mappings.read(address.page()).unwrap().unwrap();
             assert_eq!(asked.range, parsed.range);
             assert_eq!((asked.protection, asked.kind), (parsed.protection, parsed.kind));
         }

@@ -1,0 +1,11 @@
+//! What the kernel says about this process, and how its memory is reached without touching it: shared by the engines
+//! that work on real memory.
+
+mod abi;
+mod mappings;
+pub(super) mod memory;
+mod presence;
+
+pub(super) use mappings::Mappings;
+pub(super) use memory::Memory;
+pub(super) use presence::Presence;

@@ -1,0 +1,527 @@
+//! Pages made inaccessible, emptied, filled and shown again.
+//!
+//! Where `/proc/self/mem` may be written, contents go through it: it reaches pages that nobody else can. Otherwise a page
+//! is read while it is read-only for everybody, and filled by moving a filled one into its place (`mremap`).
+//! What was dropped leaves a mark: a read maps the kernel's page of zeros. A page that is away and has no mark was
+//! dropped or unmapped by the program meanwhile.
+
+use super::hidden::{Hidden, Leaf, State};
+use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
+use crate::engine::linux::{Mappings, Memory, Presence, memory};
+use crate::engine::trap::copy;
+use crate::engine::{Mapping, Present, Progress, Stop, VmaKind};
+use crate::error::{Error, Result};
+use crate::flags::Protection;
+use crate::sync::Mutex;
+use rustix::io::Errno;
+use rustix::mm::{Advice, MprotectFlags, MremapFlags};
+
+/// Ranges that do not look as they should, waiting to be looked at with the layout lock.
+const SUSPECTS: usize = 64;
+
+/// What the engine does to pages.
+#[derive(Debug)]
+pub(super) struct Protector {
+    pub(super) hidden: Hidden,
+    pub(super) mappings: Mappings,
+    pub(super) presence: Presence,
+    pub(super) memory: Option<Memory>,
+    /// So many runs of hidden pages may be: beyond, leaves are hidden as a whole.
+    runs_limit: usize,
+    suspects: Mutex<[Option<AddrRange>; SUSPECTS]>,
+}
+
+fn stopped(pages: usize, stop: Stop) -> Progress {
+    Progress { pages, stop }
+}
+
+fn protect(range: AddrRange, access: MprotectFlags) -> std::result::Result<(), Stop> {
+    let start = range.start().as_ptr().cast();
+    // SAFETY: the pages are of a mapping whose pages the engine hides and shows; contents do not change.
+    match unsafe { rustix::mm::mprotect(start, range.len() as usize, access) } {
+        Ok(()) => Ok(()),
+        Err(Errno::NOMEM | Errno::AGAIN) => Err(Stop::NoMemory),
+        Err(_) => Err(Stop::Refused),
+    }
+}
+
+const READ_WRITE: MprotectFlags = MprotectFlags::READ.union(MprotectFlags::WRITE);
+
+impl Protector {
+    pub(super) fn new(memory: Option<Memory>) -> Result<Self> {
+        let mappings = Mappings::open()?;
+        let runs_limit = runs_limit();
+        Ok(Self {
+            hidden: Hidden::new().ok_or(Error::NoMemory { what: "the table of hidden pages" })?,
+            mappings,
+            presence: Presence::open(),
+            memory,
+            runs_limit,
+            suspects: Mutex::new([None; SUSPECTS]),
+        })
+    }
+
+    /// The mapping as the program made it: hidden pages show the access that they had.
+    pub(super) fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
+        let Some(mut mapping) = self.mappings.at(addr)? else { return Ok(None) };
+        let first = addr.max(mapping.range.start());
+        let (run, hidden) = self.hidden.run_around(first, mapping.range);
+        if !hidden {
+            mapping.range = run;
+        } else if mapping.protection.is_empty() {
+            mapping.range = run;
+            mapping.protection = Protection::READ | Protection::WRITE;
+        } else {
+            self.suspect(run);
+        }
+        Ok(Some(mapping))
+    }
+
+    /// Whether a range is what may be taken: one mapping, readable and writable, nothing of it hidden by the program.
+    fn may_take(&self, range: AddrRange) -> bool {
+        let mut next = range.start();
+        while next < range.end() {
+            match self.mapping_at(next) {
+                Ok(Some(mapping))
+                    if mapping.range.contains(next)
+                        && mapping.kind == VmaKind::Anonymous
+                        && mapping.protection == Protection::READ | Protection::WRITE =>
+                {
+                    next = mapping.range.end();
+                }
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// As [`crate::engine::Engine::take`]; what the pages had is still there afterwards, out of reach.
+    pub(super) fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+        if !self.may_take(range) {
+            return stopped(0, Stop::Refused);
+        }
+        let mut done = 0;
+        for part in range.by_leaf() {
+            let Some(leaf) = self.hidden.leaf_or_new(part.start()) else {
+                return stopped(done, Stop::NoMemory);
+            };
+            let state = &mut *leaf.lock();
+            if let Err(stop) = self.take_part(leaf, state, part, frame.plus_pages(done)) {
+                return stopped(done, stop);
+            }
+            done += part.pages();
+        }
+        stopped(done, Stop::Done)
+    }
+
+    fn take_part(
+        &self,
+        leaf: &Leaf,
+        state: &mut State,
+        part: AddrRange,
+        frame: VirtAddr,
+    ) -> std::result::Result<(), Stop> {
+        let before = *state;
+        let mut target = part;
+        if state.whole || self.hidden.runs() >= self.runs_limit {
+            state.whole = true;
+            target = self.piece_of_leaf(leaf, part);
+        }
+        let mut hidden = state.hidden;
+        hidden.insert_pages(target);
+        // Before anything is inaccessible: whoever faults finds the page in the table, and waits.
+        self.hidden.set(state, hidden);
+        state.away.insert_pages(part);
+        let copied = self.hide_and_copy(target, part, frame);
+        if copied.is_err() {
+            let kept = before.hidden;
+            self.hidden.set(state, kept);
+            (state.away, state.whole) = (before.away, before.whole);
+            let mut slot = 0;
+            while slot < LEAF_PAGES {
+                let (end, inside) = hidden.run_at(slot);
+                let run = leaf.pages(slot, end).intersect(target);
+                if let Some(run) = run.filter(|run| inside && !kept.contains(run.start().index_in_leaf())) {
+                    let _ = protect(run, READ_WRITE);
+                }
+                slot = end;
+            }
+        }
+        copied
+    }
+
+    /// The part of a leaf around some pages of it that lies in the same mapping.
+    fn piece_of_leaf(&self, leaf: &Leaf, part: AddrRange) -> AddrRange {
+        let (mut start, mut end) = (part.start(), part.end());
+        let accessible = Protection::READ | Protection::WRITE;
+        if let Ok(Some(mapping)) = self.mappings.at(part.start())
+            && mapping.protection == accessible
+        {
+            start = start.min(mapping.range.start().max(leaf.range().start()));
+            end = end.max(mapping.range.end().min(leaf.range().end()));
+        }
+        AddrRange::from_bounds(start.get(), end.get())
+    }
+
+    fn hide_and_copy(
+        &self,
+        target: AddrRange,
+        part: AddrRange,
+        frame: VirtAddr,
+    ) -> std::result::Result<(), Stop> {
+        let Some(memory) = &self.memory else {
+            // Stores wait from here on, and the copy is read as everybody reads.
+            protect(target, MprotectFlags::READ)?;
+            // SAFETY: `to` is a run of frames of the caller's, `from` a part of the process that can still be read.
+            self.copy_contents(part, frame, &|from, to| unsafe {
+                let count = from.len() as usize;
+                copy::present(to.as_ptr(), from.start().as_ptr(), count) == count
+            })?;
+            return protect(target, MprotectFlags::empty());
+        };
+        protect(target, MprotectFlags::empty())?;
+        self.copy_contents(part, frame, &|from, to| memory.copy_in(from, to))
+    }
+
+    /// Copies what is there; the frames of holes stay empty.
+    fn copy_contents(
+        &self,
+        part: AddrRange,
+        frame: VirtAddr,
+        copy: &dyn Fn(AddrRange, VirtAddr) -> bool,
+    ) -> std::result::Result<(), Stop> {
+        let to = |from: AddrRange| frame.plus_pages(part.index_of(from.start()));
+        if !self.presence.tells_swap() {
+            return if copy(part, frame) { Ok(()) } else { Err(Stop::Busy) };
+        }
+        let mut whole = true;
+        let scanned = self.presence.scan(part, &mut |run, present| {
+            if matches!(present, Present::Page | Present::Swapped) {
+                whole &= copy(run, to(run));
+            }
+        });
+        if whole && scanned.is_ok() { Ok(()) } else { Err(Stop::Busy) }
+    }
+
+    /// As [`crate::engine::Engine::withdraw`].
+    pub(super) fn withdraw(&self, range: AddrRange) -> Progress {
+        let mut done = 0;
+        for part in range.by_leaf() {
+            let Some(leaf) = self.hidden.leaf(part.start()) else { break };
+            let state = &mut *leaf.lock();
+            // The program may have unmapped the pages since, and mapped others.
+            if !self.is_ours(part) {
+                self.suspect(part);
+                return stopped(done, Stop::Retry);
+            }
+            if memory::drop_pages(part).is_err() {
+                return stopped(done, Stop::Refused);
+            }
+            if let Some(memory) = &self.memory {
+                self.mark(memory, state, part);
+            }
+            done += part.pages();
+        }
+        stopped(done, if done == range.pages() { Stop::Done } else { Stop::Refused })
+    }
+
+    fn mark(&self, memory: &Memory, state: &mut State, part: AddrRange) {
+        let mut byte = [0];
+        for page in 0..part.pages() {
+            let addr = part.page_at(page);
+            if memory.peek(addr, &mut byte) {
+                state.marked.insert(addr.index_in_leaf());
+            }
+        }
+    }
+
+    /// Whether the kernel has a range as we left it: inaccessible.
+    fn is_ours(&self, range: AddrRange) -> bool {
+        let mut next = range.start();
+        while next < range.end() {
+            match self.mappings.at(next) {
+                Ok(Some(mapping))
+                    if mapping.range.contains(next) && mapping.protection.is_empty() =>
+                {
+                    next = mapping.range.end();
+                }
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// Whether nothing happened to a run of pages behind our back: they are inaccessible, and what was marked still is.
+    fn is_intact(&self, state: &State, run: AddrRange) -> bool {
+        if !self.is_ours(run) {
+            return false;
+        }
+        let mut intact = true;
+        let scanned = self.presence.scan(run, &mut |part, present| {
+            if present == Present::None {
+                let mut slots = (0..part.pages()).map(|page| part.page_at(page).index_in_leaf());
+                intact &= !slots.any(|slot| state.marked.contains(slot));
+            }
+        });
+        intact && scanned.is_ok()
+    }
+
+    /// As [`crate::engine::Engine::give`].
+    pub(super) fn give(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+        let mut done = 0;
+        for part in range.by_leaf() {
+            let Some(leaf) = self.hidden.leaf(part.start()) else {
+                return stopped(done, Stop::Exists);
+            };
+            let state = &mut *leaf.lock();
+            let first = part.start().index_in_leaf();
+            let away = (first..first + part.pages()).take_while(|slot| state.away.contains(*slot));
+            let part = part.sub(0, away.count().max(1));
+            if !state.away.contains(first) {
+                return stopped(done, Stop::Exists);
+            }
+            if let Err(stop) = self.give_part(leaf, state, part, frame.plus_pages(done)) {
+                return stopped(done, stop);
+            }
+            done += part.pages();
+            if part.end() < range.end() && part.end().index_in_leaf() != 0 {
+                return stopped(done, Stop::Exists);
+            }
+        }
+        stopped(done, Stop::Done)
+    }
+
+    fn give_part(
+        &self,
+        leaf: &Leaf,
+        state: &mut State,
+        part: AddrRange,
+        frame: VirtAddr,
+    ) -> std::result::Result<(), Stop> {
+        if !self.is_intact(state, part) {
+            self.suspect(part);
+            return Err(Stop::Retry);
+        }
+        let in_place = match &self.memory {
+            Some(memory) => memory.copy_out(frame, part),
+            None => replace(part, frame).is_ok(),
+        };
+        if !in_place {
+            return Err(Stop::NoMemory);
+        }
+        for page in 0..part.pages() {
+            let slot = part.page_at(page).index_in_leaf();
+            state.away.remove(slot);
+            state.marked.remove(slot);
+        }
+        if self.memory.is_none() {
+            // It came with its access.
+            self.forget(state, part);
+        }
+        self.show(leaf, state, part);
+        Ok(())
+    }
+
+    /// Makes pages accessible that are all at home. When mappings are short, they wait for the others of their leaf.
+    fn show(&self, leaf: &Leaf, state: &mut State, part: AddrRange) {
+        if !state.whole {
+            if protect(part, READ_WRITE).is_ok() {
+                return self.forget(state, part);
+            }
+            state.whole = true;
+        }
+        if !state.away.is_empty() {
+            return;
+        }
+        self.show_all(leaf, state);
+    }
+
+    fn show_all(&self, leaf: &Leaf, state: &mut State) {
+        let mut slot = 0;
+        let mut left = state.poisoned;
+        let wanted = state.hidden.without(&state.poisoned);
+        while slot < LEAF_PAGES {
+            let (end, inside) = wanted.run_at(slot);
+            if inside && protect(leaf.pages(slot, end), READ_WRITE).is_err() {
+                left.insert_pages(leaf.pages(slot, end));
+            }
+            slot = end;
+        }
+        state.whole = left != state.poisoned;
+        self.hidden.set(state, left);
+    }
+
+    /// The pages are not hidden any more.
+    fn forget(&self, state: &mut State, part: AddrRange) {
+        let mut hidden = state.hidden;
+        for page in 0..part.pages() {
+            let slot = part.page_at(page).index_in_leaf();
+            hidden.remove(slot);
+            [&mut state.away, &mut state.marked, &mut state.poisoned]
+                .into_iter()
+                .for_each(|set| set.remove(slot));
+        }
+        self.hidden.set(state, hidden);
+    }
+
+    /// A page without contents anywhere else becomes accessible.
+    pub(super) fn show_page(&self, page: VirtAddr) -> Stop {
+        let Some(leaf) = self.hidden.leaf(page) else { return Stop::Exists };
+        let state = &mut *leaf.lock();
+        let slot = page.index_in_leaf();
+        if !state.hidden.contains(slot) {
+            return Stop::Exists;
+        }
+        state.away.remove(slot);
+        state.marked.remove(slot);
+        self.show(leaf, state, AddrRange::page_of(page));
+        if state.hidden.contains(slot) { Stop::WithLeaf } else { Stop::Done }
+    }
+
+    /// A page of a device that lost it: never accessible again.
+    pub(super) fn poison(&self, page: VirtAddr) -> bool {
+        let Some(leaf) = self.hidden.leaf_or_new(page) else { return false };
+        let state = &mut *leaf.lock();
+        let slot = page.index_in_leaf();
+        state.poisoned.insert(slot);
+        state.away.remove(slot);
+        state.marked.remove(slot);
+        let mut hidden = state.hidden;
+        hidden.insert(slot);
+        self.hidden.set(state, hidden);
+        protect(AddrRange::page_of(page), MprotectFlags::empty()).is_ok()
+    }
+
+    /// Runs something on the parts of some bytes, leaf by leaf, while no page of them can leave. False when one is away,
+    /// or when `access` says so.
+    pub(super) fn while_present(
+        &self,
+        addr: VirtAddr,
+        len: usize,
+        mut access: impl FnMut(VirtAddr, std::ops::Range<usize>) -> bool,
+    ) -> bool {
+        let mut done = 0;
+        while done < len {
+            let here = VirtAddr::new(addr.get() + done as u64);
+            let Some(leaf) = self.hidden.leaf_or_new(here) else { return false };
+            let state = leaf.lock();
+            let end = len.min(done + (leaf.range().end().get() - here.get()) as usize);
+            let last = VirtAddr::new(addr.get() + end as u64 - 1).index_in_leaf();
+            let is_away = |slot| state.away.contains(slot) || state.poisoned.contains(slot);
+            if (here.index_in_leaf()..=last).any(is_away) || !access(here, done..end) {
+                return false;
+            }
+            done = end;
+        }
+        true
+    }
+
+    /// Notes a hidden page that does not look as it was left.
+    pub(super) fn note_if_changed(&self, page: VirtAddr) -> bool {
+        let range = AddrRange::page_of(page);
+        let Some(leaf) = self.hidden.leaf(page) else { return false };
+        let state = leaf.lock();
+        let changed = state.hidden.contains(page.index_in_leaf()) && !self.is_intact(&state, range);
+        drop(state);
+        if changed {
+            self.suspect(range);
+        }
+        changed
+    }
+
+    /// Notes a range that does not look as it should. A full list drops it; the next look finds it again.
+    pub(super) fn suspect(&self, range: AddrRange) {
+        let mut suspects = self.suspects.lock();
+        if !suspects.contains(&Some(range))
+            && let Some(place) = suspects.iter_mut().find(|place| place.is_none())
+        {
+            *place = Some(range);
+        }
+    }
+
+    /// The next range of the list.
+    pub(super) fn next_suspect(&self) -> Option<AddrRange> {
+        self.suspects.lock().iter_mut().find_map(Option::take)
+    }
+
+    /// Looks at a range closely, with the layout lock held for writing: the first run of pages that were away, and that
+    /// the program unmapped or dropped. They are not hidden any more.
+    pub(super) fn examine(&self, range: AddrRange) -> Option<AddrRange> {
+        for leaf in self.hidden.leaves(range) {
+            let Some(part) = leaf.range().intersect(range) else { continue };
+            let state = &mut *leaf.lock();
+            let mut gone: Option<AddrRange> = None;
+            for page in 0..part.pages() {
+                let page = AddrRange::page_of(part.page_at(page));
+                let was_away = self.put_right(state, page);
+                gone = match gone {
+                    Some(run) if was_away => Some(run.hull(page)),
+                    Some(run) => return Some(run),
+                    None => was_away.then_some(page),
+                };
+            }
+            if gone.is_some() {
+                return gone;
+            }
+        }
+        None
+    }
+
+    /// A page that is not as it was left is not hidden any more. True if it was away.
+    fn put_right(&self, state: &mut State, page: AddrRange) -> bool {
+        let slot = page.start().index_in_leaf();
+        if !state.hidden.contains(slot) || self.is_intact(state, page) {
+            return false;
+        }
+        let was_away = state.away.contains(slot) || state.poisoned.contains(slot);
+        let dropped = self.is_ours(page);
+        self.forget(state, page);
+        if dropped && protect(page, READ_WRITE).is_err() {
+            // Mappings are short: it is shown with the others of its leaf.
+            let mut hidden = state.hidden;
+            hidden.insert(slot);
+            self.hidden.set(state, hidden);
+            state.whole = true;
+        }
+        was_away
+    }
+
+    /// The watched mapping's pages stay small: a huge page made by the kernel would fill the marks of its neighbours.
+    pub(super) fn keep_small(range: AddrRange) {
+        let start = range.start().as_ptr().cast();
+        // SAFETY: the advice changes no contents. A kernel without huge pages refuses it, and needs it not.
+        let _ = unsafe { rustix::mm::madvise(start, range.len() as usize, Advice::LinuxNoHugepage) };
+    }
+}
+
+/// Moves a copy of frames into the place of inaccessible pages, with access, at once.
+fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
+    let len = part.len() as usize;
+    let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
+    // SAFETY: the new mapping replaces nothing; it is filled from frames of the caller's, and then takes the place of
+    // pages that the engine owns (they are away).
+    unsafe {
+        let flags = rustix::mm::MapFlags::PRIVATE;
+        let staging = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, access, flags)?;
+        std::ptr::copy_nonoverlapping(frame.as_ptr().cast_const(), staging.cast::<u8>(), len);
+        let target = part.start().as_ptr().cast();
+        let moved =
+            rustix::mm::mremap_fixed(staging, len, len, MremapFlags::MAYMOVE, target);
+        if moved.is_err() {
+            let _ = rustix::mm::munmap(staging, len);
+        }
+        moved.map(drop)
+    }
+}
+
+/// A quarter of the mappings that the process may still have: each run of hidden pages costs two.
+fn runs_limit() -> usize {
+    let number = |path| {
+        std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<usize>().ok())
+    };
+    let limit = number("/proc/sys/vm/max_map_count").unwrap_or(65_530);
+    let used = std::fs::read_to_string("/proc/self/maps").map_or(0, |text| text.lines().count());
+    (limit.saturating_sub(used) / 4).max(4)
+}
+
+const _: () = assert!(PAGE_SIZE == 4096);

@@ -1,0 +1,223 @@
+//! The process's actions for SIGSEGV and SIGBUS: ours first, the program's behind it.
+//!
+//! Nothing keeps a program from installing a handler of its own later. So the action is looked at again whenever pages
+//! are about to leave, and now and then: a stranger's handler is put behind ours.
+
+use crate::engine::say;
+use crate::addr::VirtAddr;
+use crate::arena;
+use crate::error::{Error, Result};
+use crate::sync::Mutex;
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+
+/// So often may a program replace our handler before no more pages are sent away.
+const REPLACEMENTS: u32 = 16;
+
+/// One of the two signals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) enum Signal {
+    /// SIGSEGV: an access that a protection forbids.
+    Segv,
+    /// SIGBUS: an access to a missing page of a userfaultfd range.
+    Bus,
+}
+
+impl Signal {
+    pub(super) fn number(self) -> i32 {
+        match self {
+            Self::Segv => libc::SIGSEGV,
+            Self::Bus => libc::SIGBUS,
+        }
+    }
+
+    pub(super) fn of_number(number: i32) -> Option<Self> {
+        [Self::Segv, Self::Bus].into_iter().find(|one| one.number() == number)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Segv => "SIGSEGV",
+            Self::Bus => "SIGBUS",
+        }
+    }
+
+    fn state(self) -> &'static State {
+        match self {
+            Self::Segv => &SEGV,
+            Self::Bus => &BUS,
+        }
+    }
+}
+
+struct State {
+    /// What the program wants for signals that are not ours; null as long as ours is not installed.
+    program: AtomicPtr<libc::sigaction>,
+    replaced: AtomicU32,
+    changing: Mutex<()>,
+}
+
+impl State {
+    const fn new() -> Self {
+        Self {
+            program: AtomicPtr::new(ptr::null_mut()),
+            replaced: AtomicU32::new(0),
+            changing: Mutex::new(()),
+        }
+    }
+}
+
+static SEGV: State = State::new();
+static BUS: State = State::new();
+
+type Handler = unsafe extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+
+/// The program's action for signals that are not ours. Allocates nothing, takes no lock.
+pub(super) fn of_program(signal: Signal) -> Option<libc::sigaction> {
+    // SAFETY: what is stored was placed in the arena by `remember`, and is never freed.
+    unsafe { signal.state().program.load(Ordering::Acquire).as_ref() }.copied()
+}
+
+fn remember(signal: Signal, action: libc::sigaction) -> Result<()> {
+    // A handler may be reading the old one: it is not freed. Replacements are rare.
+    let place = arena::put(action).ok_or(Error::NoMemory { what: "the program's action" })?;
+    signal.state().program.store(place.as_ptr(), Ordering::Release);
+    Ok(())
+}
+
+/// The real action now, and optionally a new one.
+fn exchange(signal: Signal, new: Option<&libc::sigaction>) -> Result<libc::sigaction> {
+    let mut old = MaybeUninit::<libc::sigaction>::uninit();
+    let new = new.map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: `new` is null or a whole action, and `old` has room for one.
+    if unsafe { c_library_sigaction()(signal.number(), new, old.as_mut_ptr()) } != 0 {
+        let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
+        return Err(Error::Os { call: "sigaction", address: VirtAddr::new(0), errno });
+    }
+    // SAFETY: the call succeeded, and wrote it.
+    Ok(unsafe { old.assume_init() })
+}
+
+type SigAction =
+    unsafe extern "C" fn(i32, *const libc::sigaction, *mut libc::sigaction) -> libc::c_int;
+
+/// The C library's own `sigaction`: that of libhmm_preload.so would ask us in turn.
+fn c_library_sigaction() -> SigAction {
+    static REAL: AtomicPtr<libc::c_void> = AtomicPtr::new(ptr::null_mut());
+    let mut real = REAL.load(Ordering::Acquire);
+    if real.is_null() {
+        // SAFETY: both names are C strings; the library is in the process already, or nothing happens.
+        real = unsafe {
+            let library = libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD);
+            if library.is_null() {
+                return libc::sigaction;
+            }
+            libc::dlsym(library, c"sigaction".as_ptr())
+        };
+        if real.is_null() {
+            return libc::sigaction;
+        }
+        REAL.store(real, Ordering::Release);
+    }
+    // SAFETY: the symbol of this name has this form.
+    unsafe { std::mem::transmute::<*mut libc::c_void, SigAction>(real) }
+}
+
+/// Puts our handler first.
+///
+/// # Errors
+/// `Unsupported` when the program ignores the signal, and therefore would be killed by the first fault.
+pub(super) fn install(signal: Signal, handler: Handler) -> Result<()> {
+    let _one = signal.state().changing.lock();
+    let now = exchange(signal, None)?;
+    if now.sa_sigaction == handler as usize {
+        return Ok(());
+    }
+    if now.sa_sigaction == libc::SIG_IGN {
+        return Err(Error::Unsupported {
+            what: format!(
+                "{name} is ignored by this process; this engine answers faults in a handler of {name}: set it to \
+                 SIG_DFL before the library is opened",
+                name = signal.name()
+            ),
+        });
+    }
+    put_first(signal, handler, now)
+}
+
+fn put_first(signal: Signal, handler: Handler, program: libc::sigaction) -> Result<()> {
+    remember(signal, program)?;
+    // SAFETY: all fields of an action may be zero.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    // Other handlers of the program wait: they may touch what is being brought home. Faults nest, though: a driver's
+    // callback may touch memory that is away.
+    // SAFETY: the set is a field of `action`.
+    unsafe {
+        libc::sigfillset(&raw mut action.sa_mask);
+        libc::sigdelset(&raw mut action.sa_mask, libc::SIGSEGV);
+        libc::sigdelset(&raw mut action.sa_mask, libc::SIGBUS);
+    }
+    action.sa_sigaction = handler as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    exchange(signal, Some(&action)).map(drop)
+}
+
+/// Puts our handler first again when somebody replaced it, and says so.
+///
+/// # Errors
+/// `Unsupported` when that happened too often: a page that leaves now could be touched under the wrong handler.
+pub(super) fn renew(signal: Signal, handler: Handler) -> Result<()> {
+    let state = signal.state();
+    let _one = state.changing.lock();
+    let now = exchange(signal, None)?;
+    if now.sa_sigaction == handler as usize {
+        return Ok(());
+    }
+    let count = state.replaced.fetch_add(1, Ordering::Relaxed) + 1;
+    if count > REPLACEMENTS {
+        return Err(Error::Unsupported {
+            what: format!(
+                "the program replaced the library's handler of {} {count} times; install the program's handler before \
+                 the library is opened, or run under libhmm_preload.so",
+                signal.name()
+            ),
+        });
+    }
+    put_first(signal, handler, now)?;
+    say::line(format_args!(
+        "libhmm: the program replaced the handler of {}; the library's is first again, the program's behind it\n",
+        signal.name()
+    ));
+    Ok(())
+}
+
+/// What the program asks for with `sigaction`, when libhmm_preload.so passes it on: ours stays first.
+///
+/// # Safety
+/// As for `sigaction`: each pointer is null or valid.
+pub(super) unsafe fn program_asks(
+    signal: Signal,
+    new: *const libc::sigaction,
+    old: *mut libc::sigaction,
+) -> bool {
+    let _one = signal.state().changing.lock();
+    let Some(program) = of_program(signal) else { return false };
+    // SAFETY: by the caller's promise.
+    if let Some(new) = unsafe { new.as_ref() }
+        && remember(signal, *new).is_err()
+    {
+        return false;
+    }
+    if !old.is_null() {
+        // SAFETY: by the caller's promise.
+        unsafe { old.write(program) };
+    }
+    true
+}
+
+/// Takes our handler away for a fault that nobody can answer: the default action ends the process at the access.
+pub(super) fn set_default(signal: Signal) {
+    // SAFETY: SIG_DFL needs nothing.
+    unsafe { libc::signal(signal.number(), libc::SIG_DFL) };
+}
