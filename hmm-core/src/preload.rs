@@ -51,8 +51,7 @@ static LOOKING: AtomicUsize = AtomicUsize::new(0);
 pub(crate) fn attach(mm: &Arc<Mm>, program_action: Option<ProgramAction>) {
     // SAFETY: the name is a C string.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"hmm_preload_attach".as_ptr()) };
-    let hooks =
-        Hooks { size: size_of::<Hooks>(), hold, release, signal_action: program_action };
+    let hooks = Hooks { size: size_of::<Hooks>(), hold, release, signal_action: program_action };
     // Never freed: a call may be under way with older ones. An mm is opened rarely.
     if !found.is_null()
         && let Some(hooks) = arena::put(hooks)

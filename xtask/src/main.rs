@@ -1,10 +1,12 @@
 //! The chores of this repository, as one program: `cargo xtask help` lists them.
 #![expect(clippy::print_stdout, reason = "a command line program reports on standard output")]
 
+mod aarch64;
 mod header;
 mod house_rules;
 mod install;
 mod layering;
+mod matrix;
 mod source;
 mod test;
 mod workspace;
@@ -22,6 +24,12 @@ usage: cargo xtask CHORE
       --package NAME       only the Rust tests of this package
       --release            Rust tests with optimisation
       --time-limit SECONDS for one Rust test instead of the default
+  aarch64 [--require]      compile everything for aarch64 and run the model engine's tests under qemu's user mode; what
+                           is missing for that is named, and is a failure with --require
+  matrix [OPTION]...       run the tests in environments that lack something (no userfaultfd, no rights, containers)
+      --row NAME           only this row (may be repeated)
+      --quick              only the rows and tests that tell the most
+      --list               the rows, and what is expected of each
   install --prefix DIR     install the C library: header, libhmm.so, libhmm.a, pkg-config and CMake files
 ";
 
@@ -44,6 +52,9 @@ fn dispatch(words: &[&str]) -> Result<(), String> {
         ["gen-header", "--check"] => header::run(true),
         ["layering"] => check_layering(),
         ["test", options @ ..] => test::run(&test::Options::parse(options)?),
+        ["aarch64"] => aarch64::run(false),
+        ["aarch64", "--require"] => aarch64::run(true),
+        ["matrix", options @ ..] => matrix::run(&matrix::Options::parse(options)?),
         ["install", "--prefix", prefix] => install::run(prefix.as_ref()),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");

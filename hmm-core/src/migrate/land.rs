@@ -4,6 +4,7 @@ use super::batch::{Batch, Fate, Held};
 use crate::addr::{AddrRange, Pfn};
 use crate::devmem::{Devmem, LastFound};
 use crate::engine::{Give, Stop};
+use crate::flags::Capabilities;
 use crate::limits::{DEADLINE, MOVE_MINIMUM};
 use crate::mm::page_table::{Entry, Place};
 use crate::ops::{InvalidateEvent, Invalidation};
@@ -150,7 +151,9 @@ impl Batch<'_> {
             return Given { pages: 0, stop: Stop::Refused };
         };
         let count = if self.flight.is_in_place(index) { self.run_in_place(index) } else { 1 };
-        let how = if count >= MOVE_MINIMUM { Give::Move } else { Give::Copy };
+        // An engine that cannot move leaves the frames populated.
+        let can_move = mm.engine.capabilities().contains(Capabilities::MOVE);
+        let how = if can_move && count >= MOVE_MINIMUM { Give::Move } else { Give::Copy };
         let range = AddrRange::from_bounds(
             address.get(),
             address.get() + count as u64 * crate::addr::PAGE_SIZE as u64,

@@ -1,17 +1,16 @@
 //! The one test runner: every Rust test in a process of its own and with a time limit, then the other suites. The
 //! last line is `N passed, N failed, N skipped`. It needs nothing installed beside cargo.
 
-mod process;
-mod rust_tests;
+pub(crate) mod process;
+pub(crate) mod runner;
+pub(crate) mod rust_tests;
 mod state;
-mod suites;
-mod tally;
+pub(crate) mod suites;
+pub(crate) mod surroundings;
+pub(crate) mod tally;
 
-use process::Outcome;
-use rust_tests::Program;
+use runner::Runner;
 use std::time::{Duration, Instant};
-use suites::Job;
-use tally::Tally;
 
 /// One Rust test takes no longer.
 const TEST_LIMIT: Duration = Duration::from_secs(60);
@@ -88,105 +87,19 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
     let (rust, examples) = (options.wants("rust"), options.wants("examples"));
     if rust || examples {
         let programs = rust_tests::build(options.package.as_deref(), options.release)?;
-        if rust {
-            runner.run_rust(&programs, options)?;
+        let is_wanted = |name: &str| name.contains(&options.filter);
+        for program in programs.iter().filter(|program| rust && program.is_test) {
+            runner.run_program(program, is_wanted, |name| options.limit_of(name))?;
         }
         if examples {
-            let mut jobs = suites::examples(&programs)?;
-            jobs.retain(|job| job.name.contains(&options.filter));
-            jobs.into_iter().for_each(|job| runner.run_job(job));
+            let jobs = suites::examples(&programs)?;
+            jobs.iter().filter(|job| is_wanted(&job.name)).for_each(|job| runner.run_job(job));
         }
     }
     for (suite, job) in [("doc", suites::doc()), ("c", suites::c()), ("python", suites::python())] {
         if options.wants(suite) {
-            runner.run_job(job);
+            runner.run_job(&job);
         }
     }
     runner.close(start.elapsed())
-}
-
-/// Runs tests one after the other and remembers what failed.
-#[derive(Debug, Default)]
-struct Runner {
-    tally: Tally,
-    failures: Vec<String>,
-}
-
-impl Runner {
-    /// The Rust tests, each in a process of its own.
-    fn run_rust(&mut self, programs: &[Program], options: &Options) -> Result<(), String> {
-        for program in programs.iter().filter(|program| program.is_test) {
-            let tests = match program.tests() {
-                Ok(tests) => tests,
-                Err(reason) => {
-                    self.note_unstarted(&program.name, &reason);
-                    continue;
-                }
-            };
-            for test in tests {
-                let name = test.full_name();
-                if name.contains(&options.filter) {
-                    let outcome = process::run(&mut test.command(), options.limit_of(&name))?;
-                    let tally = Tally::one(outcome.success, &outcome.said());
-                    self.note(&name, &outcome, tally);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn run_job(&mut self, mut job: Job) {
-        match process::run(&mut job.command, job.limit) {
-            Ok(outcome) => {
-                let read = if job.counts { Tally::of_report } else { Tally::one };
-                let tally = read(outcome.success, &outcome.said());
-                self.note(&job.name, &outcome, tally);
-            }
-            Err(reason) => self.note_unstarted(&job.name, &reason),
-        }
-    }
-
-    fn note_unstarted(&mut self, name: &str, reason: &str) {
-        println!("FAILED  {name}: {reason}");
-        self.failures.push(name.to_string());
-        self.tally.failed += 1;
-    }
-
-    /// Reports one program's outcome: one line, and everything it said if something failed.
-    fn note(&mut self, name: &str, outcome: &Outcome, tally: Tally) {
-        let seconds = outcome.time.as_secs_f64();
-        let counts = if tally.passed + tally.failed + tally.skipped > 1 {
-            format!(" ({tally})")
-        } else {
-            String::new()
-        };
-        if tally.failed > 0 {
-            println!("FAILED  {name}{counts}  {seconds:.2} s: {}", outcome.ending);
-            println!("--- what it said:\n{}\n---", outcome.said().trim_end());
-            self.failures.push(name.to_string());
-        } else if tally.passed > 0 {
-            println!("ok      {name}{counts}  {seconds:.2} s");
-        } else {
-            let said = outcome.said();
-            let reason = tally::skip_reason(&said).unwrap_or("no reason given");
-            println!("skipped {name}: {reason}");
-        }
-        self.tally += tally;
-    }
-
-    /// Prints the closing lines.
-    fn close(self, time: Duration) -> Result<(), String> {
-        println!("\nall tests took {} s", time.as_secs());
-        for name in &self.failures {
-            println!("failed: {name}");
-        }
-        println!("{}", self.tally);
-        if self.tally.failed > 0 {
-            return Err(String::from("some tests failed"));
-        }
-        if self.tally.passed == 0 {
-            return Err(String::from("no test ran: a run in which nothing passes proves nothing"));
-        }
-        Ok(())
-    }
 }

@@ -23,6 +23,8 @@ pub(crate) struct Outcome {
     pub(crate) errors: String,
     /// Whether it ended in time and said that all went well.
     pub(crate) success: bool,
+    /// Whether it had to be killed at its time limit.
+    pub(crate) hung: bool,
     /// What ended it, for people.
     pub(crate) ending: String,
     /// How long it ran.
@@ -63,6 +65,7 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<Outcome, Str
         output: text(&output),
         errors: text(&errors) + &note,
         success: ended.is_some_and(|status| status.success()),
+        hung: ended.is_none(),
         ending,
         time: start.elapsed(),
     })
@@ -135,7 +138,8 @@ mod tests {
     #[test]
     fn a_program_that_hangs_is_killed_with_its_state() {
         let outcome = shell("echo begun; sleep 1000", 200);
-        assert!(!outcome.success && outcome.ending.contains("was killed"), "{outcome:?}");
+        assert!(outcome.hung && outcome.ending.contains("was killed"), "{outcome:?}");
+        assert!(!outcome.success);
         assert_eq!(outcome.output, "begun\n");
         assert!(outcome.errors.contains("sleep"), "{}", outcome.errors);
     }

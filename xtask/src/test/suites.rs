@@ -43,6 +43,26 @@ pub(crate) fn c() -> Job {
     suite("tests/c/run.sh", command)
 }
 
+/// Only builds the tests that are written in C.
+pub(crate) fn c_build() -> Job {
+    let mut job = c();
+    job.command.env("BUILD_ONLY", "1");
+    job
+}
+
+/// The programs that [`c_build`] built, one by one.
+pub(crate) fn c_programs() -> Result<Vec<Job>, String> {
+    let folder = workspace::target_dir().join("tests-c");
+    let sources = workspace::files(&workspace::root().join("tests/c"), &["c"])?;
+    let stems = sources.iter().filter_map(|source| source.file_stem()?.to_str());
+    let programs = stems.filter(|stem| !stem.ends_with("_other_unit")).chain(["migrate-static"]);
+    let job = |stem: &str| {
+        let job = suite(&format!("tests/c/{stem}"), Command::new(folder.join(stem)));
+        Job { limit: EXAMPLE_LIMIT, ..job }
+    };
+    Ok(programs.map(job).collect())
+}
+
 /// The Python tests.
 pub(crate) fn python() -> Job {
     let mut command = interpreter();
@@ -85,7 +105,7 @@ fn suite(name: &str, mut command: Command) -> Job {
 }
 
 /// The interpreter that `make python` set up.
-fn interpreter() -> Command {
+pub(crate) fn interpreter() -> Command {
     let venv: PathBuf = workspace::root().join(".venv");
     let mut command = Command::new(venv.join("bin/python"));
     command.env("VIRTUAL_ENV", venv).env("PYTHONUNBUFFERED", "1");

@@ -61,18 +61,55 @@ pub(crate) fn skip_reason(output: &str) -> Option<&str> {
     output.lines().find_map(|line| line.strip_prefix("skipped: "))
 }
 
-/// Counts lines of the Test Anything Protocol.
+/// A test that was skipped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Skip {
+    /// Which.
+    pub(crate) name: String,
+    /// Why.
+    pub(crate) reason: String,
+}
+
+/// What a program skipped: itself, or tests of its own, in TAP lines or in pytest's summary (`-rs`).
+pub(crate) fn skips(program: &str, report: &str) -> Vec<Skip> {
+    let skip = |name: String, reason: &str| Skip { name, reason: reason.trim().to_string() };
+    let own = |line: &str| {
+        if let Some((test, reason)) = skipped_by_tap(line) {
+            return Some(skip(format!("{program} {test}"), reason));
+        }
+        let (place, reason) = line.strip_prefix("SKIPPED ")?.split_once(": ")?;
+        Some(skip(place.to_string(), reason))
+    };
+    let found: Vec<Skip> = report.lines().filter_map(own).collect();
+    if !found.is_empty() {
+        return found;
+    }
+    vec![skip(program.to_string(), skip_reason(report).unwrap_or("no reason given"))]
+}
+
+/// The name and the reason in a TAP line of a skipped test.
+fn skipped_by_tap(line: &str) -> Option<(&str, &str)> {
+    let at = line.to_ascii_uppercase().find("# SKIP")?;
+    let name = line.strip_prefix("ok ")?.get(..at.checked_sub(3)?)?.trim();
+    let name = name.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ' || c == '-');
+    Some((name, &line[at + "# SKIP".len()..]))
+}
+
+/// Counts lines of the Test Anything Protocol. A test that was announced and did not come has failed.
 fn tap(report: &str) -> Tally {
-    let mut tally = Tally::default();
+    let (mut tally, mut planned) = (Tally::default(), 0usize);
     for line in report.lines() {
         if line.starts_with("not ok ") {
             tally.failed += 1;
         } else if line.starts_with("ok ") {
-            let skipped = line.to_ascii_uppercase().contains("# SKIP");
+            let skipped = skipped_by_tap(line).is_some();
             tally.skipped += usize::from(skipped);
             tally.passed += usize::from(!skipped);
+        } else if let Some(count) = line.strip_prefix("1..") {
+            planned += count.trim().parse().unwrap_or(0);
         }
     }
+    tally.failed += planned.saturating_sub(tally.passed + tally.failed + tally.skipped);
     tally
 }
 
@@ -132,6 +169,23 @@ mod tests {
         );
         let cargo = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out";
         assert_eq!(Tally::of_report(true, &format!("{cargo}\n\n{cargo}\n")), tally(6, 0, 2));
+    }
+
+    #[test]
+    fn announced_tests_that_do_not_come_have_failed() {
+        assert_eq!(Tally::of_report(false, "1..3\nok 1 - a\n"), tally(1, 2, 0));
+        assert_eq!(Tally::of_report(true, "1..2\nok 1 - a\n"), tally(1, 1, 0));
+        assert_eq!(Tally::of_report(false, "1..2\n"), tally(0, 2, 0));
+    }
+
+    #[test]
+    fn skipped_tests_have_names_and_reasons() {
+        let skip = |name: &str, reason: &str| Skip { name: name.into(), reason: reason.into() };
+        let tap = "1..2\nok 1 - a - b\nok 2 - c # SKIP no engine: x\n";
+        assert_eq!(skips("t/x", tap), [skip("t/x c", "no engine: x")]);
+        let pytest = "s\nSKIPPED [2] t/a.py:12: no engine: x\n1 passed, 2 skipped in 0.1s\n";
+        assert_eq!(skips("py", pytest), [skip("[2] t/a.py:12", "no engine: x")]);
+        assert_eq!(skips("one", "skipped: why\n"), [skip("one", "why")]);
     }
 
     #[test]

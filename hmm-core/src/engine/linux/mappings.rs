@@ -46,7 +46,7 @@ impl Mappings {
         }
         if !self.parse.load(Ordering::Relaxed) {
             match self.query(addr) {
-                Err(Errno::NOTTY) => self.parse.store(true, Ordering::Relaxed),
+                Err(Errno::NOTTY | Errno::NOSYS) => self.parse.store(true, Ordering::Relaxed),
                 Err(Errno::NOENT) => return Ok(None),
                 Err(errno) => return Err(Error::os("PROCMAP_QUERY", addr, errno)),
                 Ok(mapping) => return Ok(mapping),

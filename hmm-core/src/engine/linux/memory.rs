@@ -7,7 +7,7 @@ use crate::limits::DEADLINE;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::time::Instant;
 
 /// `/proc/self/mem`: accesses that ignore protections and never wait for a userfault.
@@ -107,30 +107,48 @@ pub(in crate::engine) fn transferred(
     }
 }
 
-/// New private memory, 2 MiB aligned, that nothing has touched yet.
-///
-/// # Errors
-/// `NoMemory`.
-pub(in crate::engine) fn reserve(bytes: u64) -> Result<AddrRange> {
-    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
-    let mapped = unsafe {
-        rustix::mm::mmap_anonymous(
-            std::ptr::null_mut(),
-            (bytes + LEAF_SIZE) as usize,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )
-    };
-    let no_memory = Error::NoMemory { what: "address space for frames" };
-    let start = mapped.map_err(|_| no_memory)?.expose_provenance() as u64;
-    let start = start.next_multiple_of(LEAF_SIZE);
-    AddrRange::new(start, start + bytes)
+/// New private memory, 2 MiB aligned, that nothing has touched yet. What lies around it has no access, so that the kernel
+/// never joins it to a neighbour, which may be watched. Unmapped when dropped.
+#[derive(Debug)]
+pub(in crate::engine) struct Reserved {
+    pub(in crate::engine) area: AddrRange,
+    whole: AddrRange,
 }
 
-/// Undoes [`reserve`].
-pub(in crate::engine) fn release(area: AddrRange) {
-    // SAFETY: the area is a mapping of `reserve`, and no migration is under way any more.
-    let _ = unsafe { rustix::mm::munmap(area.start().as_ptr().cast(), area.len() as usize) };
+impl Reserved {
+    /// # Errors
+    /// `NoMemory`.
+    pub(in crate::engine) fn new(bytes: u64) -> Result<Self> {
+        let no_memory = |_| Error::NoMemory { what: "address space for frames" };
+        let length = bytes + 2 * LEAF_SIZE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let mapped = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                length as usize,
+                ProtFlags::empty(),
+                flags,
+            )
+        };
+        let base = mapped.map_err(no_memory)?.expose_provenance() as u64;
+        let whole = AddrRange::new(base, base + length)?;
+        let start = (base + 1).next_multiple_of(LEAF_SIZE);
+        let reserved = Self { area: AddrRange::new(start, start + bytes)?, whole };
+        let (start, access) =
+            (reserved.area.start().as_ptr().cast(), MprotectFlags::READ | MprotectFlags::WRITE);
+        // SAFETY: the area lies inside the new mapping.
+        unsafe { rustix::mm::mprotect(start, bytes as usize, access) }.map_err(no_memory)?;
+        Ok(reserved)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let start = self.whole.start().as_ptr().cast();
+        // SAFETY: the mapping is this value's own, and nobody uses it any more.
+        let _ = unsafe { rustix::mm::munmap(start, self.whole.len() as usize) };
+    }
 }
 
 /// Frees the pages of a range; they read as zeros afterwards.

@@ -80,7 +80,7 @@ impl Presence {
         if !self.no_scan.load(Ordering::Relaxed) {
             match scan_pagemap(pagemap, range, report) {
                 // Nothing was reported yet: the kernel does not know the call.
-                Err(Errno::NOTTY) => self.no_scan.store(true, Ordering::Relaxed),
+                Err(Errno::NOTTY | Errno::NOSYS) => self.no_scan.store(true, Ordering::Relaxed),
                 done => return done.map_err(|errno| failed("PAGEMAP_SCAN", range, errno)),
             }
         }

@@ -11,7 +11,7 @@
 mod hidden;
 mod protect;
 
-use super::linux::{Memory, memory};
+use super::linux::memory::{self, Memory, Reserved};
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
 use super::{
     Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Stop, Watch, threads,
@@ -44,7 +44,7 @@ pub struct SignalEngine {
     common: Shared<Common>,
     trap: Shared<Trap>,
     watch: Mutex<Option<JoinHandle<()>>>,
-    frame_areas: Mutex<Vec<AddrRange>>,
+    frame_areas: Mutex<Vec<Reserved>>,
 }
 
 impl std::fmt::Debug for dyn FaultSink {
@@ -89,8 +89,8 @@ impl SignalEngine {
 /// `/proc/self/mem`, if it reaches pages that are inaccessible: tried on one.
 fn writable_memory() -> Option<Memory> {
     let memory = Memory::open().ok()?;
-    let area = memory::reserve(PAGE_SIZE as u64).ok()?;
-    let page = AddrRange::page_of(area.start());
+    let reserved = Reserved::new(PAGE_SIZE as u64).ok()?;
+    let page = AddrRange::page_of(reserved.area.start());
     // SAFETY: the area was mapped above, and nobody else knows it.
     let hidden = unsafe {
         let start = page.start().as_ptr().cast();
@@ -101,7 +101,6 @@ fn writable_memory() -> Option<Memory> {
         && memory.poke(page.start(), &[77])
         && memory.peek(page.start(), &mut byte)
         && byte == [77];
-    memory::release(area);
     works.then_some(memory)
 }
 
@@ -200,7 +199,7 @@ impl Engine for SignalEngine {
         }
         self.trap.stop();
         *self.common.sink.write() = None;
-        self.frame_areas.lock().drain(..).for_each(memory::release);
+        self.frame_areas.lock().clear();
     }
 
     fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
@@ -300,8 +299,9 @@ impl Engine for SignalEngine {
     }
 
     fn reserve_frames(&self, bytes: u64) -> Result<AddrRange> {
-        let area = memory::reserve(bytes)?;
-        self.frame_areas.lock().push(area);
+        let reserved = Reserved::new(bytes)?;
+        let area = reserved.area;
+        self.frame_areas.lock().push(reserved);
         Ok(area)
     }
 

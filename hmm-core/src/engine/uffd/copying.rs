@@ -44,7 +44,7 @@ impl UffdEngine {
             // The look: fails where a layout change waits to be read, and where nothing is registered.
             let looked = self.pages.write_protect(piece);
             let dropped = looked.map(|()| memory::drop_pages(piece).is_ok());
-            self.service.forget_drop(expected);
+            self.service.forget_drop(expected, dropped == Ok(true));
             match dropped {
                 Ok(true) => done += piece.pages(),
                 Ok(false) => return Progress { pages: done, stop: Stop::Refused },

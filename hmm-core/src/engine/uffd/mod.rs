@@ -17,7 +17,8 @@ mod service;
 
 pub use open::{Feature, features};
 
-use super::linux::{Mappings, Memory, Presence, memory};
+use super::linux::memory::{self, Memory, Reserved};
+use super::linux::{Mappings, Presence};
 use super::trap::{Access, Claim, Owner, Signal, Trap, copy};
 use super::{
     Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, VmaKind, Watch,
@@ -50,7 +51,7 @@ pub struct UffdEngine {
     service: Service,
     /// The handler of SIGBUS, in inline mode.
     inline: Option<Inline>,
-    frame_areas: Mutex<Vec<AddrRange>>,
+    frame_areas: Mutex<Vec<Reserved>>,
 }
 
 /// What inline mode adds.
@@ -229,7 +230,7 @@ impl Engine for UffdEngine {
             inline.trap.stop();
         }
         self.close_descriptor();
-        self.frame_areas.lock().drain(..).for_each(memory::release);
+        self.frame_areas.lock().clear();
     }
 
     fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
@@ -361,12 +362,13 @@ impl Engine for UffdEngine {
     }
 
     fn reserve_frames(&self, bytes: u64) -> Result<AddrRange> {
-        let area = memory::reserve(bytes)?;
+        let reserved = Reserved::new(bytes)?;
+        let area = reserved.area;
         if self.can_move {
             // Only what is registered can be moved into.
             self.watch(area, Watch::Absence)?;
         }
-        self.frame_areas.lock().push(area);
+        self.frame_areas.lock().push(reserved);
         Ok(area)
     }
 

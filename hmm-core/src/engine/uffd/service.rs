@@ -11,14 +11,14 @@ use crate::engine::{
 };
 use crate::error::{Error, Result};
 use crate::engine::trap::Trap;
-use crate::limits::{EVENT_BATCH, MIGRATIONS, STUCK};
+use crate::limits::{EVENT_BATCH, MIGRATIONS, REMOVE_GRACE, STUCK};
 use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const THREADS: usize = 1024;
 /// A fault that needs other events to be read first is tried again so often before it is woken to fault anew.
@@ -31,6 +31,9 @@ const MISSES: usize = 64;
 pub(super) struct Service {
     shared: Shared<Common>,
 }
+
+/// Stands for a drop whose event was seen.
+const SEEN: AddrRange = AddrRange::page_of(VirtAddr::new(0));
 
 struct Stuck {
     count: usize,
@@ -161,8 +164,12 @@ impl Service {
         }
     }
 
-    /// The drop is done, or did not come.
-    pub(super) fn forget_drop(&self, place: usize) {
+    /// The drop is done, or did not come. If it came it was read, but whoever read it may not have looked at it yet.
+    pub(super) fn forget_drop(&self, place: usize, came: bool) {
+        let deadline = Instant::now() + REMOVE_GRACE;
+        while came && self.shared.drops.lock()[place] != Some(SEEN) && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
         self.shared.drops.lock()[place] = None;
     }
 
@@ -325,7 +332,7 @@ impl Common {
         let mut drops = self.drops.lock();
         let own = drops.iter_mut().find(|one| **one == Some(*range));
         // The place stays taken until the drop is done.
-        own.map(|one| *one = Some(AddrRange::page_of(VirtAddr::new(0)))).is_some()
+        own.map(|one| *one = Some(SEEN)).is_some()
     }
 
     fn report_lost(&self, fault: FaultEvent) {
