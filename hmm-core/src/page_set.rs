@@ -38,11 +38,32 @@ impl PageSet {
         left.0.iter_mut().zip(&other.0).for_each(|(word, gone)| *word &= !gone);
         left
     }
-    /// The next run of slots that are all in the set, or all not: its end, and whether they are.
+    /// The run of slots from `slot` on that are all in the set, or all not: its end, and which of the two.
     pub(crate) fn run_at(&self, slot: usize) -> (usize, bool) {
         let inside = self.contains(slot);
-        let end = (slot..LEAF_PAGES).find(|one| self.contains(*one) != inside);
-        (end.unwrap_or(LEAF_PAGES), inside)
+        let mut word = slot / 64;
+        let mut others = self.others(word, inside) & (u64::MAX << (slot % 64));
+        while others == 0 && word + 1 < WORDS {
+            word += 1;
+            others = self.others(word, inside);
+        }
+        let end = word * 64 + others.trailing_zeros() as usize;
+        (end.min(LEAF_PAGES), inside)
+    }
+    /// The first slot of the run that ends with `slot`.
+    pub(crate) fn run_before(&self, slot: usize) -> usize {
+        let inside = self.contains(slot);
+        let mut word = slot / 64;
+        let mut others = self.others(word, inside) & (u64::MAX >> (63 - slot % 64));
+        while others == 0 && word > 0 {
+            word -= 1;
+            others = self.others(word, inside);
+        }
+        (word * 64 + 64) - others.leading_zeros() as usize
+    }
+    /// The slots of a word that are not in the set, if `inside`; else those that are.
+    fn others(&self, word: usize, inside: bool) -> u64 {
+        if inside { !self.0[word] } else { self.0[word] }
     }
     /// How many runs of its slots there are.
     pub(crate) fn runs(&self) -> usize {
@@ -83,5 +104,7 @@ mod tests {
         assert_eq!(set.run_at(60), (70, true));
         assert_eq!(set.run_at(300), (511, false));
         assert_eq!(set.run_at(511), (512, true));
+        assert_eq!([set.run_before(59), set.run_before(69)], [0, 60]);
+        assert_eq!([set.run_before(510), set.run_before(511)], [201, 511]);
     }
 }

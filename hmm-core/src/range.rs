@@ -93,6 +93,7 @@ impl Mm {
             return Err(Error::Permission { address, what: "the vma is not readable" });
         }
         self.engine.watch(vma.range, Watch::Changes)?;
+        self.engine.refresh(request.range);
         Ok(vma)
     }
 

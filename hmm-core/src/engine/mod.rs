@@ -164,6 +164,8 @@ pub trait FaultSink: Send + Sync {
     fn finish_map_event(&self, ticket: MapTicket);
     /// Nothing happened for a moment. Called now and then, from a thread that nobody waits for.
     fn on_idle(&self) {}
+    /// Whether some page of a range must never be out of reach.
+    fn must_stay(&self, range: AddrRange) -> bool;
     /// Memory that the engine's own threads need (their stacks): it must never migrate.
     fn on_own_memory(&self, range: AddrRange);
 }
@@ -243,6 +245,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Installs the contents of frames from `frame` on, each page atomically. Need not wake anybody: the caller does,
     /// when it is done with everything else.
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
+    /// Finds out what the program did to a range, where nobody reports it. Called with no lock held.
+    fn refresh(&self, _range: AddrRange) {}
     /// A hole that was taken is a hole again.
     fn give_hole(&self, _page: VirtAddr) {}
     /// Installs a page of zeros and wakes who waits for it.

@@ -95,8 +95,7 @@ impl Mm {
             return Err(Error::Deadlock { what: "migration from inside a notifier callback" });
         }
         let vma = self.vma_covering(request.range)?;
-        // The look may have shown that the program changed something.
-        self.engine.drain();
+        self.engine.refresh(request.range);
         src.fill(MigratePfn::default());
         dst.fill(MigratePfn::default());
         let job = Job { mm: self, vma: &vma, request };

@@ -56,6 +56,12 @@ impl FaultSink for Mm {
         self.frames.trim(&*self.engine);
     }
 
+    fn must_stay(&self, range: AddrRange) -> bool {
+        let mut pinned = false;
+        self.pins.within(range, |_| pinned = true);
+        pinned
+    }
+
     fn on_own_memory(&self, range: AddrRange) {
         // A full pin table would leave this range unprotected; there is room for 4096.
         let _ = self.pins.insert(range);
@@ -181,8 +187,11 @@ impl Mm {
                 let vma = Vma::from_mapping(&mapping);
                 devmem.ops().fault(&devmem, &CpuFault { mm: &mm, vma, addr, page, flags })
             }
-            // Unmapped meanwhile: the event drops the page.
-            _ => Ok(()),
+            // Unmapped meanwhile: the event drops the page. An engine without events has found out by this look.
+            _ => {
+                self.engine.drain();
+                Ok(())
+            }
         };
         devmem.put(page);
         result

@@ -195,6 +195,9 @@ impl Mm {
     /// that the caller synchronised with) is applied, and its callbacks are done. Not for callbacks.
     pub fn sync(&self) {
         drop(self.engine.layout().hold());
+        if let Ok(everything) = AddrRange::new(0, USER_END) {
+            self.engine.refresh(everything);
+        }
         if !self.notifiers.in_callback() && !self.engine.is_service_thread() {
             self.tickets.settle();
         }
@@ -295,6 +298,19 @@ impl Mm {
         Ok(())
     }
 
+    /// Keeps a range present for system calls, on engines where the kernel cannot wait for an absent page: brings it
+    /// home, makes it present as an access would, and keeps it from migrating until the guard is dropped.
+    ///
+    /// # Errors
+    /// `Fault` where nothing is mapped, `Permission` when the mapping forbids the access; as [`Mm::pin_range`].
+    pub fn guard(self: &Arc<Self>, range: AddrRange, write: bool) -> Result<PresentGuard> {
+        self.check_open()?;
+        self.pins.insert(range)?;
+        let guard = PresentGuard { mm: Arc::clone(self), range };
+        self.make_present(range, write)?;
+        Ok(guard)
+    }
+
     /// Undoes one [`Mm::pin_range`] of exactly this range.
     ///
     /// # Errors
@@ -333,6 +349,28 @@ impl Drop for Mm {
 impl fmt::Debug for Mm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Mm({}, {:?})", self.engine.name(), self.counters())
+    }
+}
+
+/// Pages that stay present as long as it lives ([`Mm::guard`]).
+#[derive(Debug)]
+#[must_use = "the pages may leave again as soon as the guard is dropped"]
+pub struct PresentGuard {
+    mm: Arc<Mm>,
+    range: AddrRange,
+}
+
+impl PresentGuard {
+    /// What it keeps.
+    pub fn range(&self) -> AddrRange {
+        self.range
+    }
+}
+
+impl Drop for PresentGuard {
+    fn drop(&mut self) {
+        // It was inserted when the guard was made.
+        let _ = self.mm.pins.remove(self.range);
     }
 }
 

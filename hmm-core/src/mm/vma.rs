@@ -49,8 +49,9 @@ fn join_up(engine: &dyn Engine, mapping: &mut Mapping, end: VirtAddr) -> Result<
             break;
         }
         match engine.mapping_at(mapping.range.end())? {
+            // An engine that hides pages may find the border elsewhere by now.
             Some(next)
-                if next.range.start() == mapping.range.end() && same_origin(mapping, &next) =>
+                if next.range.start() <= mapping.range.end() && same_origin(mapping, &next) =>
             {
                 mapping.range = mapping.range.hull(next.range);
             }
@@ -65,7 +66,8 @@ fn join_down(engine: &dyn Engine, mapping: &mut Mapping) -> Result<()> {
         let Some(below) = mapping.range.start().get().checked_sub(1) else { break };
         match engine.mapping_at(VirtAddr::new(below).page())? {
             Some(previous)
-                if previous.range.end() == mapping.range.start()
+                if previous.range.start() < mapping.range.start()
+                    && previous.range.end() >= mapping.range.start()
                     && same_origin(mapping, &previous) =>
             {
                 mapping.range = mapping.range.hull(previous.range);

@@ -62,6 +62,9 @@ impl FaultSink for Recorder {
         MapTicket(self.events.lock().unwrap().len())
     }
     fn on_idle(&self) {}
+    fn must_stay(&self, _: AddrRange) -> bool {
+        false
+    }
     fn on_own_memory(&self, _: AddrRange) {}
     fn finish_map_event(&self, _: MapTicket) {
         let engine = self.engine.get().unwrap().upgrade().unwrap();

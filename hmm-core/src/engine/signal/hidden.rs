@@ -1,6 +1,6 @@
 //! Which pages the engine made inaccessible, and which of those are away. One node with a lock for each leaf.
 
-use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
+use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, VirtAddr};
 use crate::page_set::PageSet;
 use crate::sparse::SparseTable;
 use crate::sync::{Mutex, MutexGuard};
@@ -85,6 +85,21 @@ impl Hidden {
         self.runs.load(Ordering::Relaxed)
     }
 
+    /// Every run of hidden pages of a range.
+    pub(super) fn each_run(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange)) {
+        for leaf in self.leaves(range) {
+            let hidden = leaf.lock().hidden;
+            let mut slot = 0;
+            while slot < LEAF_PAGES {
+                let (end, inside) = hidden.run_at(slot);
+                if inside {
+                    leaf.pages(slot, end).intersect(range).into_iter().for_each(&mut *report);
+                }
+                slot = end;
+            }
+        }
+    }
+
     /// Whether a page is hidden.
     pub(super) fn contains(&self, addr: VirtAddr) -> bool {
         self.leaf(addr).is_some_and(|leaf| leaf.lock().hidden.contains(addr.index_in_leaf()))
@@ -93,55 +108,46 @@ impl Hidden {
     /// The part of `within` around `addr` whose pages are all hidden, or all not, and which of the two.
     pub(super) fn run_around(&self, addr: VirtAddr, within: AddrRange) -> (AddrRange, bool) {
         let hidden = self.contains(addr);
-        let (mut start, mut end) = (within.start(), within.end());
-        for leaf in self.leaves(within) {
-            let state = leaf.lock();
-            if !hidden && state.hidden.is_empty() {
-                continue;
-            }
-            let mut slot = 0;
-            while slot < crate::addr::LEAF_PAGES {
-                let (next, inside) = state.hidden.run_at(slot);
-                let run = leaf.pages(slot, next);
-                if inside != hidden {
-                    if run.end() <= addr {
-                        start = start.max(run.end());
-                    } else if run.start() > addr {
-                        end = end.min(run.start());
-                    }
-                }
-                slot = next;
-            }
-            if leaf.range().start() > addr && end < leaf.range().end() {
-                break;
-            }
-        }
-        if hidden {
-            // Leaves without a node have no hidden page.
-            (start, end) = self.clip_to_nodes(addr, start, end);
-        }
+        // The page itself belongs to it, whatever happened to it since.
+        let start = self.run_start(addr, within, hidden).min(addr.page());
+        let end = self.run_end(addr, within, hidden).max(addr.page().plus_pages(1));
         (AddrRange::from_bounds(start.get(), end.get()), hidden)
     }
 
-    fn clip_to_nodes(
-        &self,
-        addr: VirtAddr,
-        start: VirtAddr,
-        end: VirtAddr,
-    ) -> (VirtAddr, VirtAddr) {
-        let mut low = addr.leaf();
-        while low > start && low.get() >= LEAF_SIZE {
-            let below = VirtAddr::new(low.get() - LEAF_SIZE);
-            if self.leaf(below).is_none() {
-                break;
+    /// The hidden pages of the leaf at `base`; none where nothing was ever of interest.
+    fn hidden_of(&self, base: VirtAddr) -> PageSet {
+        self.leaf(base).map_or(PageSet::default(), |leaf| leaf.lock().hidden)
+    }
+
+    fn run_end(&self, addr: VirtAddr, within: AddrRange, hidden: bool) -> VirtAddr {
+        let (mut base, mut slot) = (addr.leaf(), addr.index_in_leaf());
+        while base < within.end() {
+            let set = self.hidden_of(base);
+            if set.contains(slot) != hidden {
+                return base.plus_pages(slot).min(within.end());
             }
-            low = below;
+            let end = set.run_at(slot).0;
+            if end < LEAF_PAGES {
+                return base.plus_pages(end).min(within.end());
+            }
+            (base, slot) = (base.plus_pages(LEAF_PAGES), 0);
         }
-        let mut high = VirtAddr::new(addr.leaf().get() + LEAF_SIZE);
-        while high < end && self.leaf(high).is_some() {
-            high = VirtAddr::new(high.get() + LEAF_SIZE);
+        within.end()
+    }
+
+    fn run_start(&self, addr: VirtAddr, within: AddrRange, hidden: bool) -> VirtAddr {
+        let (mut base, mut slot) = (addr.leaf(), addr.index_in_leaf());
+        loop {
+            let set = self.hidden_of(base);
+            if set.contains(slot) != hidden {
+                return base.plus_pages(slot + 1).max(within.start());
+            }
+            let first = set.run_before(slot);
+            if first > 0 || base <= within.start() {
+                return base.plus_pages(first).max(within.start());
+            }
+            (base, slot) = (VirtAddr::new(base.get() - LEAF_SIZE), LEAF_PAGES - 1);
         }
-        (start.max(low), end.min(high))
     }
 }
 

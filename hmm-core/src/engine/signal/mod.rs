@@ -230,7 +230,9 @@ impl Engine for SignalEngine {
     }
 
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
-        self.common.protector.take(range, frame)
+        let sink = self.common.sink.read().clone();
+        let must_stay = |range| sink.as_ref().is_some_and(|sink| sink.must_stay(range));
+        self.common.protector.take(range, frame, &must_stay)
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {
@@ -239,6 +241,11 @@ impl Engine for SignalEngine {
 
     fn give(&self, range: AddrRange, frame: VirtAddr, _: Give) -> Progress {
         self.common.protector.give(range, frame)
+    }
+
+    fn refresh(&self, range: AddrRange) {
+        self.common.protector.refresh(range);
+        self.common.drain();
     }
 
     fn give_hole(&self, page: VirtAddr) {

@@ -6,7 +6,7 @@
 //! dropped or unmapped by the program meanwhile.
 
 use super::hidden::{Hidden, Leaf, State};
-use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
+use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, USER_END, VirtAddr};
 use crate::engine::linux::{Mappings, Memory, Presence, memory};
 use crate::engine::trap::copy;
 use crate::engine::{Mapping, Present, Progress, Stop, VmaKind};
@@ -16,6 +16,8 @@ use crate::sync::Mutex;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MprotectFlags, MremapFlags};
 
+/// Looks at a mapping that seems to be the program's own, but may have been shown between two questions.
+const LOOKS: usize = 3;
 /// Ranges that do not look as they should, waiting to be looked at with the layout lock.
 const SUSPECTS: usize = 64;
 
@@ -63,18 +65,34 @@ impl Protector {
 
     /// The mapping as the program made it: hidden pages show the access that they had.
     pub(super) fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
-        let Some(mut mapping) = self.mappings.at(addr)? else { return Ok(None) };
-        let first = addr.max(mapping.range.start());
-        let (run, hidden) = self.hidden.run_around(first, mapping.range);
-        if !hidden {
-            mapping.range = run;
-        } else if mapping.protection.is_empty() {
-            mapping.range = run;
-            mapping.protection = Protection::READ | Protection::WRITE;
-        } else {
-            self.suspect(run);
+        let mut tries = 0;
+        loop {
+            let found = self.mappings.at(addr)?;
+            let above = found.map_or(USER_END, |mapping| mapping.range.start().get());
+            if above > addr.get() && self.hidden.contains(addr) {
+                // Unmapped by the program.
+                let nothing = AddrRange::from_bounds(addr.get(), above);
+                self.suspect(self.hidden.run_around(addr, nothing).0);
+            }
+            let Some(mut mapping) = found else { return Ok(None) };
+            let first = addr.max(mapping.range.start());
+            let (run, hidden) = self.hidden.run_around(first, mapping.range);
+            let accessible = !mapping.protection.is_empty();
+            tries += 1;
+            match (hidden, accessible) {
+                (false, true) => mapping.range = run,
+                // Perhaps it was shown since the kernel was asked.
+                (false, false) if tries < LOOKS => continue,
+                (false, false) => mapping.range = run,
+                (true, false) => {
+                    mapping.range = run;
+                    mapping.protection = Protection::READ | Protection::WRITE;
+                }
+                // On its way in or out, or changed by the program.
+                (true, true) => self.suspect(run),
+            }
+            return Ok(Some(mapping));
         }
-        Ok(Some(mapping))
     }
 
     /// Whether a range is what may be taken: one mapping, readable and writable, nothing of it hidden by the program.
@@ -96,7 +114,12 @@ impl Protector {
     }
 
     /// As [`crate::engine::Engine::take`]; what the pages had is still there afterwards, out of reach.
-    pub(super) fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+    pub(super) fn take(
+        &self,
+        range: AddrRange,
+        frame: VirtAddr,
+        must_stay: &dyn Fn(AddrRange) -> bool,
+    ) -> Progress {
         if !self.may_take(range) {
             return stopped(0, Stop::Refused);
         }
@@ -106,7 +129,16 @@ impl Protector {
                 return stopped(done, Stop::NoMemory);
             };
             let state = &mut *leaf.lock();
-            if let Err(stop) = self.take_part(leaf, state, part, frame.plus_pages(done)) {
+            let mut target = part;
+            if state.whole || self.hidden.runs() >= self.runs_limit {
+                target = self.piece_of_leaf(leaf, part);
+                if must_stay(target) {
+                    target = part;
+                }
+                state.whole = true;
+            }
+            let frame = frame.plus_pages(done);
+            if let Err(stop) = self.take_part(leaf, state, part, target, frame) {
                 return stopped(done, stop);
             }
             done += part.pages();
@@ -119,14 +151,10 @@ impl Protector {
         leaf: &Leaf,
         state: &mut State,
         part: AddrRange,
+        target: AddrRange,
         frame: VirtAddr,
     ) -> std::result::Result<(), Stop> {
         let before = *state;
-        let mut target = part;
-        if state.whole || self.hidden.runs() >= self.runs_limit {
-            state.whole = true;
-            target = self.piece_of_leaf(leaf, part);
-        }
         let mut hidden = state.hidden;
         hidden.insert_pages(target);
         // Before anything is inaccessible: whoever faults finds the page in the table, and waits.
@@ -135,8 +163,6 @@ impl Protector {
         let copied = self.hide_and_copy(target, part, frame);
         if copied.is_err() {
             let kept = before.hidden;
-            self.hidden.set(state, kept);
-            (state.away, state.whole) = (before.away, before.whole);
             let mut slot = 0;
             while slot < LEAF_PAGES {
                 let (end, inside) = hidden.run_at(slot);
@@ -146,6 +172,8 @@ impl Protector {
                 }
                 slot = end;
             }
+            self.hidden.set(state, kept);
+            (state.away, state.whole) = (before.away, before.whole);
         }
         copied
     }
@@ -414,6 +442,18 @@ impl Protector {
             done = end;
         }
         true
+    }
+
+    /// Notes the hidden pages of a range that are not as they were left.
+    pub(super) fn refresh(&self, range: AddrRange) {
+        self.hidden.each_run(range, &mut |run| {
+            if let Some(leaf) = self.hidden.leaf(run.start()) {
+                let state = leaf.lock();
+                if !self.is_intact(&state, run) {
+                    self.suspect(run);
+                }
+            }
+        });
     }
 
     /// Notes a hidden page that does not look as it was left.
