@@ -71,6 +71,7 @@ help:
 # Programs ask the loader for the name with the version, which cargo does not create.
 lib:
 	$(CARGO) build --profile capi --package hmm-capi
+	$(CARGO) build --release --package hmm-preload
 	ln -sfn libhmm.so $(CAPI)/$(SONAME)
 
 examples: $(EXAMPLES)

@@ -122,6 +122,9 @@ impl Mm {
         let (engine, choice) = open_engine()?;
         let mm = Self::with_engine(engine)?;
         tell(&choice);
+        if !mm.serves_kernel() {
+            crate::preload::attach(&mm, Some(crate::engine::program_action));
+        }
         if let Some(old) = current.replace(Arc::clone(&mm))
             && old.is_inherited()
         {

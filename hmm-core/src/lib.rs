@@ -26,6 +26,7 @@ mod mm;
 mod notifier;
 mod ops;
 mod page_set;
+mod preload;
 mod range;
 mod sparse;
 mod stats;

@@ -8,7 +8,7 @@ use std::path::Path;
 const TOO_LONG: usize = 500;
 /// Folders with code of ours.
 const FOLDERS: &[&str] =
-    &["hmm-core", "hmm-capi", "hmm-py", "devices", "examples", "include", "tests", "xtask"];
+    &["hmm-core", "hmm-capi", "hmm-py", "hmm-preload", "devices", "examples", "include", "tests", "xtask"];
 /// Files that a program writes: as long as they come out.
 const GENERATED: &[&str] = &["include/hmm.h"];
 
@@ -17,6 +17,7 @@ const UNSAFE: &[&str] = &[
     "hmm-core/src/arena.rs",
     "hmm-core/src/sync.rs",
     "hmm-core/src/fork.rs",
+    "hmm-core/src/preload.rs",
     "hmm-core/src/mm/page_table.rs",
     "hmm-core/src/engine/model/frames.rs",
     "hmm-core/src/engine/uffd/abi.rs",
@@ -24,6 +25,7 @@ const UNSAFE: &[&str] = &[
     "hmm-core/src/engine/uffd/open.rs",
     "hmm-core/src/engine/uffd/service.rs",
     "hmm-capi/src/",
+    "hmm-preload/src/",
     "devices/soft/src/mapped.rs",
     "devices/soft/src/memory.rs",
 ];

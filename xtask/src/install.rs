@@ -21,6 +21,8 @@ pub(crate) fn run(prefix: &Path) -> Result<(), String> {
     copy(&workspace::root().join("include/hmm.h"), &prefix.join("include/hmm.h"))?;
     copy(&built.join("libhmm.so"), &lib.join(&shared))?;
     copy(&built.join("libhmm.a"), &lib.join("libhmm.a"))?;
+    let preload = workspace::target_dir().join("release/libhmm_preload.so");
+    copy(&preload, &lib.join("libhmm_preload.so"))?;
     link(&shared, &lib.join(&soname))?;
     link(&soname, &lib.join("libhmm.so"))?;
     write(&lib.join("pkgconfig/hmm.pc"), &pkg_config())?;

@@ -36,6 +36,7 @@ const ROOMS: &[Room] = &[
     Room { modules: &["migrate"], may_use: BELOW_VERBS },
     Room { modules: &["evict"], may_use: BELOW_VERBS },
     Room { modules: &["fork"], may_use: BELOW_VERBS },
+    Room { modules: &["preload"], may_use: BELOW_VERBS },
     // Concrete engines know the Engine and FaultSink traits, and never the address space above them.
     Room { modules: &["engine::model"], may_use: &["engine"] },
     Room { modules: &["engine::uffd"], may_use: &["engine"] },
@@ -56,6 +57,7 @@ const ROOMS: &[Room] = &[
             "migrate",
             "evict",
             "fork",
+            "preload",
         ],
     },
 ];
@@ -66,11 +68,13 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("devices/soft", &["hmm-core"]),
     ("hmm-capi", &["hmm-core", "hmm-soft"]),
     ("hmm-py", &["hmm-core", "hmm-soft"]),
+    ("hmm-preload", &[]),
 ];
 /// Modules of hmm-core that are published whole: bounds, locks and memory that a driver may share with the core.
 const PUBLISHED: &[&str] = &["arena", "limits", "sync"];
 /// The packages that the rules above speak of.
-const OURS: &[&str] = &["hmm-core", "hmm-soft", "hmm-capi", "hmm-py", "hmm-tests", "xtask"];
+const OURS: &[&str] =
+    &["hmm-core", "hmm-soft", "hmm-capi", "hmm-py", "hmm-preload", "hmm-tests", "xtask"];
 
 /// Every forbidden edge, one line each.
 pub(crate) fn check(root: &Path) -> Result<Vec<String>, String> {

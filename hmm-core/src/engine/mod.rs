@@ -10,6 +10,8 @@ mod threads;
 mod trap;
 pub mod uffd;
 
+pub(crate) use trap::program_action;
+
 use crate::addr::{AddrRange, VirtAddr};
 use crate::error::Result;
 use crate::flags::{Capabilities, Protection};

@@ -19,7 +19,7 @@ const LONG: [&str; 2] = ["stress", "properties"];
 /// A long test takes no longer.
 const LONG_LIMIT: Duration = Duration::from_secs(240);
 /// The suites, in the order in which they run.
-const SUITES: [&str; 5] = ["rust", "examples", "doc", "c", "python"];
+const SUITES: [&str; 6] = ["rust", "examples", "doc", "c", "preload", "python"];
 
 /// What the command line asks for.
 #[derive(Debug, Default)]
@@ -96,7 +96,12 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
             jobs.iter().filter(|job| is_wanted(&job.name)).for_each(|job| runner.run_job(job));
         }
     }
-    for (suite, job) in [("doc", suites::doc()), ("c", suites::c()), ("python", suites::python())] {
+    for (suite, job) in [
+        ("doc", suites::doc()),
+        ("c", suites::c()),
+        ("preload", suites::preload()),
+        ("python", suites::python()),
+    ] {
         if options.wants(suite) {
             runner.run_job(&job);
         }

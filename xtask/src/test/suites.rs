@@ -63,6 +63,13 @@ pub(crate) fn c_programs() -> Result<Vec<Job>, String> {
     Ok(programs.map(job).collect())
 }
 
+/// The tests of libhmm_preload.so.
+pub(crate) fn preload() -> Job {
+    let mut command = Command::new("bash");
+    command.arg("tests/preload/run.sh");
+    suite("tests/preload/run.sh", command)
+}
+
 /// The Python tests.
 pub(crate) fn python() -> Job {
     let mut command = interpreter();

@@ -218,6 +218,7 @@ pub(super) unsafe fn program_asks(
 
 /// Takes our handler away for a fault that nobody can answer: the default action ends the process at the access.
 pub(super) fn set_default(signal: Signal) {
-    // SAFETY: SIG_DFL needs nothing.
-    unsafe { libc::signal(signal.number(), libc::SIG_DFL) };
+    // SAFETY: all fields of an action may be zero, and SIG_DFL is. (`signal` of libhmm_preload.so would ask us in turn.)
+    let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    let _ = exchange(signal, Some(&default));
 }

@@ -260,3 +260,20 @@ impl Trap {
 
 /// How long a thread of an engine pauses between two looks.
 pub(super) const PAUSE: Duration = Duration::from_millis(500);
+
+/// What the program asks `sigaction` for, by way of libhmm_preload.so: 0 when ours stays first and the program's was put
+/// behind it, 1 when the signal is none of ours.
+///
+/// # Safety
+/// As for `sigaction`: each pointer is null or valid.
+pub(crate) unsafe extern "C" fn program_action(
+    signal: i32,
+    new: *const libc::sigaction,
+    old: *mut libc::sigaction,
+) -> i32 {
+    match Signal::of_number(signal) {
+        // SAFETY: by the caller's promise.
+        Some(signal) if unsafe { actions::program_asks(signal, new, old) } => 0,
+        _ => 1,
+    }
+}

@@ -73,6 +73,7 @@ impl Owner for Toucher {
     fn claim(&self, access: &Access) -> Claim {
         let page = access.addr.page();
         match self.mappings.at(page) {
+            _ if access.signal == Signal::Segv => Claim::Stranger,
             Ok(Some(mapping))
                 if mapping.kind == VmaKind::Anonymous && mapping.range.contains(page) =>
             {
@@ -189,7 +190,7 @@ impl Inline {
         let owner = Shared::new(toucher).ok_or_else(no_memory)?;
         let behind: NonNull<dyn Owner> = NonNull::from(&*owner);
         // SAFETY: the owner lies in the arena, and lives as long as this value, which outlives the trap's stop.
-        let trap = unsafe { Trap::new(behind, &[Signal::Bus])? };
+        let trap = unsafe { Trap::new(behind, &[Signal::Bus, Signal::Segv])? };
         Ok(Self { trap, _owner: owner })
     }
 }
