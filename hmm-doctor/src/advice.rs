@@ -73,6 +73,11 @@ impl List<'_> {
         if let (Some(better), Some(_)) = (better, &environment.engine) {
             self.add("unset HMM_ENGINE", format!("the engine {better} works here"));
         }
+        let working = engines.iter().find(|one| one.works).map(|one| one.name);
+        if let (false, Some(name), None) = (self.report.works, working, &environment.engine) {
+            let gain = format!("the engine {name} works here, the one that is chosen does not");
+            self.add(format!("export HMM_ENGINE={name}"), gain);
+        }
         if environment.uffd_disable.is_some() {
             self.add("unset HMM_UFFD_DISABLE", "all features of userfaultfd are used");
         }

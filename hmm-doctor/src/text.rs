@@ -116,7 +116,6 @@ impl Page {
             let alike = |other: &&EngineReport| other.reason == engine.reason;
             self.engine(engine, report.engines[..at].iter().find(alike));
         }
-        self.text.push('\n');
     }
 
     /// A line, or a reason; what another engine gave as its reason already is said once.
@@ -145,6 +144,9 @@ impl Page {
 
     fn list<'a>(&mut self, title: &str, items: impl Iterator<Item = &'a str>) {
         for (at, item) in items.enumerate() {
+            if at == 0 {
+                self.text.push('\n');
+            }
             self.row(if at == 0 { title } else { "" }, item);
         }
     }

@@ -125,6 +125,9 @@ fn variables_that_keep_a_better_engine_away_are_named() {
     report.engine = None;
     assert_eq!(lines(&report), ["unset HMM_ENGINE"]);
     report.environment.engine = None;
+    report.works = false;
+    assert_eq!(lines(&report), ["export HMM_ENGINE=uffd"]);
+    report.works = true;
     report.environment.uffd_disable = Some("move".into());
     assert_eq!(lines(&report), ["unset HMM_UFFD_DISABLE"]);
 }

@@ -21,7 +21,8 @@ pub(crate) fn run(name: &str) -> bool {
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
     let last = if name == AUTO {
         step("looking at /proc/self");
-        say(&Message::Ways(ways()));
+        // Why it does not work is said when the engine is tried.
+        say(&Message::Ways(ways().unwrap_or_default()));
         Message::Chosen(choose())
     } else if let Some(kind) = EngineKind::ALL.into_iter().find(|kind| kind.name() == name) {
         prove(kind)
@@ -45,12 +46,12 @@ fn step(what: &str) {
 }
 
 /// What the library finds in `/proc/self`. The signal engine knows once it has looked at a page; none is taken away.
-fn ways() -> Vec<String> {
-    let Ok(engine) = SignalEngine::open() else { return Vec::new() };
-    let here = VirtAddr::from_ptr(&raw const engine).page();
-    let looked = engine.mapping_at(here).is_ok()
-        && engine.scan(AddrRange::page_of(here), &mut |_, _| {}).is_ok();
-    if looked { engine.ways().iter().map(|way| (*way).to_owned()).collect() } else { Vec::new() }
+fn ways() -> hmm_core::Result<Vec<String>> {
+    let engine = SignalEngine::open()?;
+    let here = AddrRange::covering(VirtAddr::from_ptr(&raw const engine).get(), 1)?;
+    engine.mapping_at(here.start())?;
+    engine.scan(here, &mut |_, _| {})?;
+    Ok(engine.ways().iter().map(|way| (*way).to_owned()).collect())
 }
 
 /// As `Mm::current` chooses; opened to the end, since an engine may refuse only when it is started.

@@ -4,6 +4,7 @@
 use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
+use once_cell::sync::OnceCell;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -51,20 +52,19 @@ impl Memory {
     }
 }
 
-/// Makes pages present as accesses would (`MADV_POPULATE`).
+/// Makes pages present as accesses would: by `MADV_POPULATE` (Linux 5.14), else page by page.
 ///
 /// # Errors
 /// `Fault` or `Permission` as the access would fail.
 pub(in crate::engine) fn populate(range: AddrRange, write: bool) -> Result<()> {
+    if !can_populate() {
+        return touch_all(range, write);
+    }
     let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
     let deadline = Instant::now() + DEADLINE;
     loop {
-        // SAFETY: populating changes no contents; the kernel checks the range.
-        let done = unsafe {
-            rustix::mm::madvise(range.start().as_ptr().cast(), range.len() as usize, advice)
-        };
         let address = range.start();
-        return match done {
+        return match advise(range, advice) {
             Ok(()) => Ok(()),
             Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => continue,
             Err(Errno::NOMEM) => Err(Error::Fault { address, what: "a part is not mapped" }),
@@ -74,6 +74,62 @@ pub(in crate::engine) fn populate(range: AddrRange, write: bool) -> Result<()> {
             Err(Errno::FAULT) => Err(Error::Fault { address, what: "the page cannot be had" }),
             Err(errno) => Err(Error::os("MADV_POPULATE", address, errno)),
         };
+    }
+}
+
+fn advise(range: AddrRange, advice: Advice) -> std::result::Result<(), Errno> {
+    let start = range.start().as_ptr().cast();
+    // SAFETY: populating changes no contents, and what is dropped is frames that nobody needs, or pages whose contents
+    // the caller copied. The kernel checks the range.
+    unsafe { rustix::mm::madvise(start, range.len() as usize, advice) }
+}
+
+/// Whether this kernel has `MADV_POPULATE`: tried on a page that is there.
+fn can_populate() -> bool {
+    static KNOWN: OnceCell<bool> = OnceCell::new();
+    *KNOWN.get_or_init(|| {
+        let here = 0_u8;
+        let page = AddrRange::page_of(VirtAddr::from_ptr(&raw const here));
+        advise(page, Advice::LinuxPopulateRead).is_ok()
+    })
+}
+
+/// Touches each page by a system call, which fails where an access would kill.
+fn touch_all(range: AddrRange, write: bool) -> Result<()> {
+    for address in (0..range.pages()).map(|page| range.page_at(page)) {
+        match touch(address, write) {
+            Ok(()) => {}
+            Err(Errno::FAULT) => {
+                return Err(Error::Fault { address, what: "the page cannot be had" });
+            }
+            Err(errno) => return Err(Error::os("futex", address, errno)),
+        }
+    }
+    Ok(())
+}
+
+/// Reads a word, or adds nothing to it atomically: what `futex` does with a word that nobody waits for.
+fn touch(address: VirtAddr, write: bool) -> std::result::Result<(), Errno> {
+    /// `FUTEX_OP(FUTEX_OP_ADD, 0, FUTEX_OP_CMP_LT, -2048)`: wakes hardly anybody, and too often is allowed.
+    const ADD_NOTHING: u32 = (1 << 28) | (2 << 24) | 0x800;
+    let word: *mut u32 = address.as_ptr().cast();
+    let mut nobody = 0_u32;
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the word is a part of the process whose value does not change; the other one is a variable of this
+    // function, and so is the time.
+    let done = unsafe {
+        if write {
+            let wake = libc::FUTEX_WAKE_OP | libc::FUTEX_PRIVATE_FLAG;
+            libc::syscall(libc::SYS_futex, &raw mut nobody, wake, 0, 0_usize, word, ADD_NOTHING)
+        } else {
+            let wait = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+            libc::syscall(libc::SYS_futex, word, wait, 0, &raw const now, 0_usize, 0)
+        }
+    };
+    let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    match (done, errno) {
+        (0.., _) | (_, libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR) => Ok(()),
+        (_, errno) => Err(Errno::from_raw_os_error(errno)),
     }
 }
 
@@ -156,7 +212,31 @@ impl Drop for Reserved {
 /// # Errors
 /// The kernel's errno.
 pub(in crate::engine) fn drop_pages(range: AddrRange) -> std::result::Result<(), Errno> {
-    let start = range.start().as_ptr().cast();
-    // SAFETY: the callers pass frames that nobody needs, or pages whose contents they have copied.
-    unsafe { rustix::mm::madvise(start, range.len() as usize, Advice::LinuxDontNeed) }
+    advise(range, Advice::LinuxDontNeed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn touching_makes_pages_present_and_fails_where_an_access_would() {
+        let reserved = Reserved::new(8 * 4096).unwrap();
+        let presence = crate::engine::linux::Presence::open();
+        let count = || {
+            let mut count = 0;
+            let mut add = |run: AddrRange, state| {
+                count += if state == crate::engine::Present::Page { run.pages() } else { 0 };
+            };
+            presence.scan(reserved.area, &mut add).unwrap();
+            count
+        };
+        touch_all(reserved.area, false).unwrap();
+        assert_eq!(count(), 0, "reads map the page of zeros");
+        touch_all(reserved.area.sub(2, 4), true).unwrap();
+        assert_eq!(count(), 4);
+        let beyond = VirtAddr::new(reserved.area.end().get() + LEAF_SIZE / 2);
+        assert_eq!(touch(beyond, false), Err(Errno::FAULT));
+        assert_eq!(touch(beyond, true), Err(Errno::FAULT));
+    }
 }
