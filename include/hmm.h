@@ -185,6 +185,36 @@ enum hmm_pfn_value_e {
 /** Memory of hugetlbfs: never mirrored. */
 #define VM_HUGETLB 0x00400000UL
 
+/*
+ * What an engine can do, from hmm_mm_capabilities(), and what to do where it cannot.
+ */
+/** Touches of absent pages are answered. Every engine of this version has it. */
+#define HMM_CAPABILITY_MISSING_FAULTS (1 << 0)
+/** Contents move without a copy. Where it is missing, migration takes one copy more, and is slower. */
+#define HMM_CAPABILITY_MOVE (1 << 1)
+/**
+ * System calls on absent pages wait for them, as touches do. Where it is missing, read(2),
+ * write(2), futex(2) and all others fail with EFAULT, or stop short, at a page that is on a
+ * device. Keep their buffers present with hmm_guard(), or start the program with
+ * libhmm_preload.so, which does that for the usual ones.
+ */
+#define HMM_CAPABILITY_KERNEL_FAULTS (1 << 2)
+/** A touch of a page that a device lost gets SIGBUS. Every engine of this version has it. */
+#define HMM_CAPABILITY_POISON (1 << 3)
+/**
+ * munmap(), mremap() and madvise() are noticed as they are made. Where it is missing:
+ *
+ *  - for pages that are on a device, munmap() and MADV_DONTNEED are noticed at the next touch or
+ *    call that looks (hmm_mm_sync() does), and mprotect() and mremap() go wrong: call
+ *    hmm_make_present() before them;
+ *  - changes to pages in system memory are not noticed: mirrors are not called for them, and
+ *    hmm_vma_range_done() does not see them. A driver that keeps translations of such pages, and
+ *    whose program changes its mappings, has to drop them itself.
+ *
+ * Migration, and what the CPU's touches do, is told to mirrors on every engine.
+ */
+#define HMM_CAPABILITY_EVENTS (1 << 4)
+
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */
 #define HMM_RESIDENCY_NONE 0
@@ -262,6 +292,21 @@ struct resource;
  * takes a vma looks again.
  */
 struct vm_area_struct;
+
+/**
+ * A range of bytes that system calls can use; see hmm_guard(). The caller provides the memory,
+ * usually on its stack, and it may move. All zeros (HMM_GUARD_NONE) holds nothing.
+ */
+struct hmm_guard {
+  /** The library's; NULL when it holds nothing. */
+  const void *held;
+  /** First address of the pages that are held. */
+  unsigned long start;
+  /** First address behind them. */
+  unsigned long end;
+  /** Zero; room for later versions. */
+  unsigned long reserved;
+};
 
 /**
  * What an address space has counted since it was opened.
@@ -448,8 +493,9 @@ struct hmm_device;
  * A driver's side of device memory. Copied by hmm_devmem_add(), so it may live on the stack.
  *
  * Both are called with no lock of the library held, fault usually on a thread that answers CPU
- * faults. They must not touch memory that may migrate (hmm_pin_range() what they need), must not
- * call malloc or free, and must not leave by longjmp or an exception.
+ * faults (hmm_devmem_set_signal_safe() tells where else). They must not touch memory that may
+ * migrate (hmm_pin_range() what they need), must not call malloc or free, and must not leave by
+ * longjmp or an exception.
  */
 struct hmm_devmem_ops {
   /**
@@ -663,8 +709,9 @@ int hmm_last_errno(void);
 /**
  * Opens the address space of this process, or takes one more reference to it.
  *
- * The first call chooses the engine (environment variable HMM_ENGINE: auto, or uffd) and starts
- * its service threads.
+ * The first call chooses the engine and starts its service threads. The environment variable
+ * HMM_ENGINE names one: uffd, uffd-inline or signal; auto, or nothing, takes the best that works
+ * here. hmm_mm_capabilities() tells what it can do.
  *
  * @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
  * failure ERR_PTR():
@@ -699,7 +746,9 @@ struct mm_struct *hmm_mm_current(void);
 int hmm_mm_put(struct mm_struct *mm);
 
 /**
- * The name of the engine that changes CPU mappings, for people ("uffd").
+ * The name of the engine that changes CPU mappings, for people: "uffd", "uffd-inline" or "signal".
+ *
+ * Programs that behave differently from one engine to another ask hmm_mm_capabilities() instead.
  *
  * @param mm  The address space.
  * @return A string that lives as long as the address space is open; NULL when mm is no live
@@ -711,12 +760,25 @@ int hmm_mm_put(struct mm_struct *mm);
 const char *hmm_mm_engine(const struct mm_struct *mm);
 
 /**
+ * What the engine of an address space can do.
+ *
+ * @param mm  The address space.
+ * @return A set of HMM_CAPABILITY_ bits, whose descriptions say what to do where one is missing;
+ * or:
+ *  - -EINVAL: mm is no live handle.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours.
+ */
+int hmm_mm_capabilities(const struct mm_struct *mm);
+
+/**
  * Waits until layout changes that were made before this call are applied and their callbacks are
  * done.
  *
- * munmap(), mremap() and madvise() of the process are reported to the library while they happen. A
- * thread that made one and then starts device work calls this in between, so that the device
- * cannot use a translation from before.
+ * munmap(), mremap() and madvise() of the process are reported to the library while they happen,
+ * where the engine has HMM_CAPABILITY_EVENTS. A thread that made one and then starts device work
+ * calls this in between, so that the device cannot use a translation from before.
  *
  * @param mm  The address space.
  * @return 0, or:
@@ -837,9 +899,11 @@ int hmm_unpin_range(struct mm_struct *mm, const void *addr, size_t length);
 /**
  * Brings a range home and makes it present, as if the CPU had touched every page of it.
  *
+ * It may leave again at once: what shall stay for a system call is kept by hmm_guard().
+ *
  * @param mm      The address space.
  * @param addr    Anywhere in the first page.
- * @param length  Bytes; every page that they touch is made present.
+ * @param length  Bytes, not 0; every page that they touch is made present.
  * @param write   As if for writing: copy-on-write is broken.
  * @return Pages that came home from devices, or:
  *  - -EINVAL: mm is no live handle, or a bad range;
@@ -854,6 +918,63 @@ int hmm_unpin_range(struct mm_struct *mm, const void *addr, size_t length);
  * Source: ours; compare madvise(MADV_POPULATE_WRITE).
  */
 long hmm_make_present(struct mm_struct *mm, const void *addr, size_t length, bool write);
+
+/**
+ * Keeps bytes present for system calls until hmm_unguard(): brings their pages home, makes them
+ * present as an access would, and keeps them from migrating.
+ *
+ * Where the engine lacks HMM_CAPABILITY_KERNEL_FAULTS, a system call fails with EFAULT (or stops
+ * short) at a page that is on a device. Guard the buffers of the call, and it works on every
+ * engine:
+ *
+ *     HMM_GUARD_SCOPE(guard);
+ *     if (hmm_guard(mm, &guard, buffer, length, true))
+ *       return -1;
+ *     got = read(file, buffer, length);
+ *
+ * Guards of the same pages count: the pages stay until the last one lets go. Migration leaves
+ * guarded pages where they are; nothing else of the process changes.
+ *
+ * @param mm      The address space.
+ * @param guard   Holds nothing yet: all zeros, or as hmm_unguard() left it.
+ * @param addr    First byte; need not be aligned.
+ * @param length  Bytes, not 0; every page that they touch is held.
+ * @param write   The system call writes to them, as read(2) does: copy-on-write is broken.
+ * @return 0, or (and then it holds nothing):
+ *  - -EINVAL: mm is no live handle; guard is NULL, misaligned, or holds something; addr is NULL,
+ *    length is 0 or overflows;
+ *  - -EFAULT: something is not mapped;
+ *  - -EPERM: the protection forbids the access;
+ *  - -EIO: a device lost a page;
+ *  - -EBUSY: a page did not come home in time;
+ *  - -ENOMEM: more than 1024 guards, or more than 4096 guards and pins together;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
+ * Source: ours; compare the kernel's pin_user_pages() around direct I/O.
+ */
+int hmm_guard(struct mm_struct *mm,
+              struct hmm_guard *guard,
+              const void *addr,
+              size_t length,
+              bool write);
+
+/**
+ * Lets go of what a guard holds; its pages may migrate again. A guard that holds nothing is left
+ * as it is, so a second call does no harm.
+ *
+ * HMM_GUARD_SCOPE() calls it at the end of a scope.
+ *
+ * @param guard  As hmm_guard() filled it in, or all zeros; NULL does nothing.
+ *
+ * Returns nothing. hmm_last_errno() stays as it is, except -EINVAL when the guard was never
+ * filled in by hmm_guard(), or a copy of it let go before; it holds nothing afterwards.
+ *
+ * Context: any thread, also another than that of hmm_guard(), but not inside a callback; does not
+ * block for long.
+ * Source: ours; compare the kernel's unpin_user_pages().
+ */
+void hmm_unguard(struct hmm_guard *guard);
 
 /**
  * Tells where each page of a range is, without touching it.
@@ -1331,6 +1452,34 @@ struct hmm_devmem *hmm_devmem_add_resource(const struct hmm_devmem_ops *ops,
  * Source: hmm.txt section 5; promises 54, 81.
  */
 void hmm_devmem_remove(struct hmm_devmem *devmem);
+
+/**
+ * Says that fault may run in a signal handler of the thread that touched a page.
+ *
+ * Some engines ("uffd-inline", "signal") learn of a touch by a signal in the thread that touched.
+ * That thread then waits while a service thread calls fault; with safe it calls fault itself, and
+ * saves two changes of threads for each touch. What fault leads to runs there too:
+ * alloc_and_copy, finalize_and_map, free, and sync_cpu_device_pagetables of every mirror of the
+ * range. So all of these must
+ *
+ *  - call only what may be called in a signal handler (signal-safety(7)): no malloc, no printf;
+ *  - take no lock that is ever held over a touch of memory that may migrate: the thread that
+ *    touches would wait for itself. (pthread_mutex_lock() is good for all other locks here,
+ *    since the touch is synchronous.)
+ *
+ * Other engines call fault on service threads, whatever is said here; so does every engine when
+ * the touch comes from inside a callback.
+ *
+ * @param devmem  The device memory.
+ * @param safe    Whether fault may; false at first. Touches that are being answered are not
+ *                changed.
+ * @return 0, or:
+ *  - -EINVAL: not live device memory.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours.
+ */
+int hmm_devmem_set_signal_safe(struct hmm_devmem *devmem, bool safe);
 
 /**
  * How many pages of device memory hold data of the process.
@@ -1879,6 +2028,25 @@ static inline void *hmm_err_ptr(long error)
 {
   return (void *)error;
 }
+
+/*
+ * Guards
+ */
+
+/** A guard that holds nothing: struct hmm_guard guard = HMM_GUARD_NONE; */
+#ifdef __cplusplus
+#define HMM_GUARD_NONE {}
+#else
+#define HMM_GUARD_NONE { 0 }
+#endif
+
+/**
+ * Declares a guard that holds nothing, and lets go of what hmm_guard() made it hold when its scope
+ * is left, by whatever way: return, break, goto, an exception. For compilers that know the
+ * attribute cleanup (gcc, clang).
+ */
+#define HMM_GUARD_SCOPE(name)                                                                      \
+  __attribute__((cleanup(hmm_unguard))) struct hmm_guard name = HMM_GUARD_NONE
 
 /*
  * Ranges: reading entries

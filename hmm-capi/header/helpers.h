@@ -95,6 +95,25 @@ static inline void *hmm_err_ptr(long error)
 }
 
 /*
+ * Guards
+ */
+
+/** A guard that holds nothing: struct hmm_guard guard = HMM_GUARD_NONE; */
+#ifdef __cplusplus
+#define HMM_GUARD_NONE {}
+#else
+#define HMM_GUARD_NONE { 0 }
+#endif
+
+/**
+ * Declares a guard that holds nothing, and lets go of what hmm_guard() made it hold when its scope
+ * is left, by whatever way: return, break, goto, an exception. For compilers that know the
+ * attribute cleanup (gcc, clang).
+ */
+#define HMM_GUARD_SCOPE(name)                                                                      \
+  __attribute__((cleanup(hmm_unguard))) struct hmm_guard name = HMM_GUARD_NONE
+
+/*
  * Ranges: reading entries
  */
 #ifndef HMM_API_4_17

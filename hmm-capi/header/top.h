@@ -177,6 +177,36 @@ enum hmm_pfn_value_e {
 /** Memory of hugetlbfs: never mirrored. */
 #define VM_HUGETLB 0x00400000UL
 
+/*
+ * What an engine can do, from hmm_mm_capabilities(), and what to do where it cannot.
+ */
+/** Touches of absent pages are answered. Every engine of this version has it. */
+#define HMM_CAPABILITY_MISSING_FAULTS (1 << 0)
+/** Contents move without a copy. Where it is missing, migration takes one copy more, and is slower. */
+#define HMM_CAPABILITY_MOVE (1 << 1)
+/**
+ * System calls on absent pages wait for them, as touches do. Where it is missing, read(2),
+ * write(2), futex(2) and all others fail with EFAULT, or stop short, at a page that is on a
+ * device. Keep their buffers present with hmm_guard(), or start the program with
+ * libhmm_preload.so, which does that for the usual ones.
+ */
+#define HMM_CAPABILITY_KERNEL_FAULTS (1 << 2)
+/** A touch of a page that a device lost gets SIGBUS. Every engine of this version has it. */
+#define HMM_CAPABILITY_POISON (1 << 3)
+/**
+ * munmap(), mremap() and madvise() are noticed as they are made. Where it is missing:
+ *
+ *  - for pages that are on a device, munmap() and MADV_DONTNEED are noticed at the next touch or
+ *    call that looks (hmm_mm_sync() does), and mprotect() and mremap() go wrong: call
+ *    hmm_make_present() before them;
+ *  - changes to pages in system memory are not noticed: mirrors are not called for them, and
+ *    hmm_vma_range_done() does not see them. A driver that keeps translations of such pages, and
+ *    whose program changes its mappings, has to drop them itself.
+ *
+ * Migration, and what the CPU's touches do, is told to mirrors on every engine.
+ */
+#define HMM_CAPABILITY_EVENTS (1 << 4)
+
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */
 #define HMM_RESIDENCY_NONE 0

@@ -12,6 +12,7 @@ use hmm_core::{
 };
 use std::ffi::{c_int, c_long, c_uint, c_ulong};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// An entry of a CPU page table at the level of 2 MiB: opaque, and always NULL here.
@@ -29,8 +30,9 @@ pub struct resource {
 /// A driver's side of device memory. Copied by hmm_devmem_add(), so it may live on the stack.
 ///
 /// Both are called with no lock of the library held, fault usually on a thread that answers CPU
-/// faults. They must not touch memory that may migrate (hmm_pin_range() what they need), must not
-/// call malloc or free, and must not leave by longjmp or an exception.
+/// faults (hmm_devmem_set_signal_safe() tells where else). They must not touch memory that may
+/// migrate (hmm_pin_range() what they need), must not call malloc or free, and must not leave by
+/// longjmp or an exception.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct hmm_devmem_ops {
@@ -92,7 +94,14 @@ impl Public for hmm_devmem {
 }
 
 /// What stands behind a handle: set once the core has made it.
-type Made = OnceLock<Arc<Devmem>>;
+type Made = OnceLock<Both>;
+
+/// Device memory, and the way from it to the driver.
+#[derive(Clone)]
+pub(crate) struct Both {
+    core: Arc<Devmem>,
+    calls: Arc<Calls>,
+}
 
 pub(crate) static DEVMEMS: Table<hmm_devmem, Made, 64> =
     Table::new("not a live hmm_devmem of this library", "hmm_devmem handles (64)");
@@ -101,6 +110,7 @@ pub(crate) static DEVMEMS: Table<hmm_devmem, Made, 64> =
 struct Calls {
     ops: hmm_devmem_ops,
     handle: usize,
+    is_signal_safe: AtomicBool,
 }
 
 impl Calls {
@@ -143,6 +153,10 @@ impl DevmemOps for Calls {
         };
         fault_result(answer)
     }
+
+    fn is_signal_safe(&self) -> bool {
+        self.is_signal_safe.load(Ordering::Relaxed)
+    }
 }
 
 fn copy_ops(ops: *const hmm_devmem_ops) -> Result<hmm_devmem_ops> {
@@ -161,17 +175,23 @@ fn add(ops: *const hmm_devmem_ops, device: *mut device, size: u64) -> Result<*mu
         .map_err(|_| invalid(size, "size is too large"))?;
     let object = Arc::new(Made::new());
     let handle = DEVMEMS.insert(Arc::clone(&object))?;
-    let calls = Arc::new(Calls { ops: copy, handle: handle.expose_provenance() });
-    let core = Devmem::add(calls, OwnerId::unique(), pages).inspect_err(|_| {
-        DEVMEMS.remove(handle);
-    })?;
+    let calls = Calls {
+        ops: copy,
+        handle: handle.expose_provenance(),
+        is_signal_safe: AtomicBool::new(false),
+    };
+    let calls = Arc::new(calls);
+    let core =
+        Devmem::add(Arc::clone(&calls) as _, OwnerId::unique(), pages).inspect_err(|_| {
+            DEVMEMS.remove(handle);
+        })?;
     let (pfn_first, pfn_last) = (core.pfn_first().get(), core.pfn_last().get());
     DEVMEMS.edit(handle, hmm_devmem { pfn_first, pfn_last, device, ops, reserved: [0; 4] });
-    object.get_or_init(|| core);
+    object.get_or_init(|| Both { core, calls });
     Ok(handle)
 }
 
-fn core_of(devmem: *const hmm_devmem) -> Result<Arc<Devmem>> {
+fn get(devmem: *const hmm_devmem) -> Result<Both> {
     let object = DEVMEMS.get(devmem)?;
     object.get().cloned().ok_or_else(|| invalid(devmem.addr() as u64, "not added yet"))
 }
@@ -180,7 +200,7 @@ fn remove(devmem: *mut hmm_devmem) -> Result<()> {
     if devmem.is_null() {
         return Ok(());
     }
-    core_of(devmem)?.remove()?;
+    get(devmem)?.core.remove()?;
     DEVMEMS.remove(devmem);
     Ok(())
 }
@@ -254,6 +274,36 @@ pub unsafe extern "C" fn hmm_devmem_remove(devmem: *mut hmm_devmem) {
     record_outcome(remove(devmem));
 }
 
+/// Says that fault may run in a signal handler of the thread that touched a page.
+///
+/// Some engines ("uffd-inline", "signal") learn of a touch by a signal in the thread that touched.
+/// That thread then waits while a service thread calls fault; with safe it calls fault itself, and
+/// saves two changes of threads for each touch. What fault leads to runs there too:
+/// alloc_and_copy, finalize_and_map, free, and sync_cpu_device_pagetables of every mirror of the
+/// range. So all of these must
+///
+///  - call only what may be called in a signal handler (signal-safety(7)): no malloc, no printf;
+///  - take no lock that is ever held over a touch of memory that may migrate: the thread that
+///    touches would wait for itself. (pthread_mutex_lock() is good for all other locks here,
+///    since the touch is synchronous.)
+///
+/// Other engines call fault on service threads, whatever is said here; so does every engine when
+/// the touch comes from inside a callback.
+///
+/// @param devmem  The device memory.
+/// @param safe    Whether fault may; false at first. Touches that are being answered are not
+///                changed.
+/// @return 0, or:
+///  - -EINVAL: not live device memory.
+///
+/// Context: any thread, callbacks included; does not block.
+/// Source: ours.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hmm_devmem_set_signal_safe(devmem: *mut hmm_devmem, safe: bool) -> c_int {
+    let set = |both: Both| both.calls.is_signal_safe.store(safe, Ordering::Relaxed);
+    get(devmem).map(set).into_c()
+}
+
 /// How many pages of device memory hold data of the process.
 ///
 /// @param devmem  The device memory.
@@ -263,7 +313,7 @@ pub unsafe extern "C" fn hmm_devmem_remove(devmem: *mut hmm_devmem) {
 /// Source: ours.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hmm_devmem_in_use(devmem: *const hmm_devmem) -> c_long {
-    core_of(devmem).map(|core| core.in_use()).into_c()
+    get(devmem).map(|both| both.core.in_use()).into_c()
 }
 
 /// The device memory that holds a device page.

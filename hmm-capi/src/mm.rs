@@ -1,9 +1,15 @@
-//! `struct mm_struct`: the address space of this process, its counters and its plain services.
+//! `struct mm_struct`: the address space of this process, its engine and plain accesses.
+
+// The path is where the module would be anyway; the header's generator needs it to find the file.
+#[path = "mm/present.rs"]
+mod present;
+
+pub use present::*;
 
 use crate::handle::{Opaque, Table, check_pointer, invalid, lock};
 use crate::ret::IntoC;
 use crate::{devmem, error, hold, mirror, tracking, vma};
-use hmm_core::{AddrRange, Mm, Residency, Result, VirtAddr};
+use hmm_core::{Mm, Result, VirtAddr};
 use std::ffi::{c_char, c_int, c_long, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -103,8 +109,9 @@ fn put(mm: *mut mm_struct) -> Result<()> {
 
 /// Opens the address space of this process, or takes one more reference to it.
 ///
-/// The first call chooses the engine (environment variable HMM_ENGINE: auto, or uffd) and starts
-/// its service threads.
+/// The first call chooses the engine and starts its service threads. The environment variable
+/// HMM_ENGINE names one: uffd, uffd-inline or signal; auto, or nothing, takes the best that works
+/// here. hmm_mm_capabilities() tells what it can do.
 ///
 /// @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
 /// failure ERR_PTR():
@@ -141,7 +148,9 @@ pub unsafe extern "C" fn hmm_mm_put(mm: *mut mm_struct) -> c_int {
     put(mm).into_c()
 }
 
-/// The name of the engine that changes CPU mappings, for people ("uffd").
+/// The name of the engine that changes CPU mappings, for people: "uffd", "uffd-inline" or "signal".
+///
+/// Programs that behave differently from one engine to another ask hmm_mm_capabilities() instead.
 ///
 /// @param mm  The address space.
 /// @return A string that lives as long as the address space is open; NULL when mm is no live
@@ -155,12 +164,28 @@ pub unsafe extern "C" fn hmm_mm_engine(mm: *const mm_struct) -> *const c_char {
     get(mm).map_or(ptr::null(), |mm| mm.engine.as_ptr().cast())
 }
 
+/// What the engine of an address space can do.
+///
+/// @param mm  The address space.
+/// @return A set of HMM_CAPABILITY_ bits, whose descriptions say what to do where one is missing;
+/// or:
+///  - -EINVAL: mm is no live handle.
+///
+/// Context: any thread, callbacks included; does not block.
+/// Source: ours.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hmm_mm_capabilities(mm: *const mm_struct) -> c_int {
+    // There are few of them: the sign bit is free.
+    let bits = get(mm).map(|mm| mm.core.capabilities().bits() as usize);
+    bits.into_c() as c_int
+}
+
 /// Waits until layout changes that were made before this call are applied and their callbacks are
 /// done.
 ///
-/// munmap(), mremap() and madvise() of the process are reported to the library while they happen. A
-/// thread that made one and then starts device work calls this in between, so that the device
-/// cannot use a translation from before.
+/// munmap(), mremap() and madvise() of the process are reported to the library while they happen,
+/// where the engine has HMM_CAPABILITY_EVENTS. A thread that made one and then starts device work
+/// calls this in between, so that the device cannot use a translation from before.
 ///
 /// @param mm  The address space.
 /// @return 0, or:
@@ -295,147 +320,4 @@ pub unsafe extern "C" fn hmm_mm_poke(
     // SAFETY: the caller promises `length` readable bytes at `buffer`.
     let data = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), length) };
     mm.core.poke(VirtAddr::from_ptr(addr), data)
-}
-
-/// Runs `call` on the pages touched by `length` bytes at `addr`.
-fn on_range<R>(
-    mm: *const mm_struct,
-    addr: *const c_void,
-    length: usize,
-    call: impl FnOnce(&Mm, AddrRange) -> Result<R>,
-) -> Result<R> {
-    let range = AddrRange::covering(addr.addr() as u64, length as u64)?;
-    call(&get(mm)?.core, range)
-}
-
-/// Brings a range home and keeps it in system memory until it is unpinned.
-///
-/// For memory that a driver's callbacks touch, or that they hold a lock over: the driver's
-/// structure, its page table, its lists. A callback that touched a page that is on a device would
-/// wait for itself. Pins count: what is pinned twice is unpinned twice, with the same addr and
-/// length.
-///
-/// @param mm      The address space.
-/// @param addr    Anywhere in the first page.
-/// @param length  Bytes; every page that they touch is pinned.
-/// @return 0 (what is not mapped counts as home), or:
-///  - -EINVAL: mm is no live handle, addr is NULL, length is 0 or overflows;
-///  - -EBUSY, -EIO: a page did not come home;
-///  - -ENOMEM: more than 4096 pins;
-///  - -ENODEV: closed.
-///
-/// Context: any thread, but not inside a callback; may block.
-/// Source: ours; compare the kernel's pin_user_pages().
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hmm_pin_range(
-    mm: *mut mm_struct,
-    addr: *const c_void,
-    length: usize,
-) -> c_int {
-    on_range(mm, addr, length, |mm, range| mm.pin_range(range)).into_c()
-}
-
-/// Takes back one hmm_pin_range() of the same pages.
-///
-/// @param mm      The address space.
-/// @param addr    As given to hmm_pin_range().
-/// @param length  As given to hmm_pin_range().
-/// @return 0, or:
-///  - -EINVAL: mm is no live handle, a bad range, or these pages were not pinned by one call;
-///  - -ENODEV: closed.
-///
-/// Context: any thread, but not inside a callback; does not block for long.
-/// Source: ours; compare the kernel's unpin_user_pages().
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hmm_unpin_range(
-    mm: *mut mm_struct,
-    addr: *const c_void,
-    length: usize,
-) -> c_int {
-    on_range(mm, addr, length, |mm, range| mm.unpin_range(range)).into_c()
-}
-
-/// Brings a range home and makes it present, as if the CPU had touched every page of it.
-///
-/// @param mm      The address space.
-/// @param addr    Anywhere in the first page.
-/// @param length  Bytes; every page that they touch is made present.
-/// @param write   As if for writing: copy-on-write is broken.
-/// @return Pages that came home from devices, or:
-///  - -EINVAL: mm is no live handle, or a bad range;
-///  - -EFAULT: something is not mapped;
-///  - -EPERM: the protection forbids it;
-///  - -EIO: a device lost a page;
-///  - -EBUSY;
-///  - -ENOMEM;
-///  - -ENODEV: closed.
-///
-/// Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
-/// Source: ours; compare madvise(MADV_POPULATE_WRITE).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hmm_make_present(
-    mm: *mut mm_struct,
-    addr: *const c_void,
-    length: usize,
-    write: bool,
-) -> c_long {
-    on_range(mm, addr, length, |mm, range| mm.make_present(range, write)).into_c()
-}
-
-/// The byte that stands for a page's place in `hmm_residency`.
-fn residency_byte(place: Residency) -> u8 {
-    match place {
-        Residency::None => 0,
-        Residency::System => 1,
-        Residency::Device(_) => 2,
-        Residency::Migrating => 3,
-        Residency::Poisoned => 4,
-        Residency::Unmapped => 5,
-    }
-}
-
-fn residency(mm: &Mm, range: AddrRange, places: *mut u8, count: usize) -> Result<()> {
-    const CHUNK: usize = 256;
-    check_pointer(places, "places is NULL")?;
-    if count < range.pages() {
-        return Err(invalid(
-            range.start().get(),
-            "places has fewer bytes than the range has pages",
-        ));
-    }
-    for first in (0..range.pages()).step_by(CHUNK) {
-        let pages = CHUNK.min(range.pages() - first);
-        let mut found = [Residency::None; CHUNK];
-        mm.residency(range.sub(first, pages), &mut found[..pages])?;
-        for (index, place) in found[..pages].iter().enumerate() {
-            // SAFETY: the caller promises `count` writable bytes, and the index is below range.pages() <= count.
-            unsafe { places.add(first + index).write(residency_byte(*place)) };
-        }
-    }
-    Ok(())
-}
-
-/// Tells where each page of a range is, without touching it.
-///
-/// @param mm      The address space.
-/// @param addr    Anywhere in the first page.
-/// @param length  Bytes; every page that they touch is reported.
-/// @param places  One byte for each page: HMM_RESIDENCY_NONE, _SYSTEM, _DEVICE, _MIGRATING,
-///                _POISONED or _UNMAPPED.
-/// @param count   Bytes at places; at least one for each page.
-/// @return 0, or:
-///  - -EINVAL: mm is no live handle, a bad range, places is NULL or too small;
-///  - -ENODEV: closed (places may then be partly written).
-///
-/// Context: any thread, but not inside a callback; does not block for long.
-/// Source: ours; compare mincore(2).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hmm_residency(
-    mm: *mut mm_struct,
-    addr: *const c_void,
-    length: usize,
-    places: *mut u8,
-    count: usize,
-) -> c_int {
-    on_range(mm, addr, length, |mm, range| residency(mm, range, places, count)).into_c()
 }

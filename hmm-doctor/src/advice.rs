@@ -81,7 +81,7 @@ impl List<'_> {
         if environment.uffd_disable.is_some() {
             self.add("unset HMM_UFFD_DISABLE", "all features of userfaultfd are used");
         }
-        if environment.valgrind {
+        if environment.valgrind && !self.report.works(EngineKind::Uffd) {
             self.add("run the program without Valgrind", "userfaultfd does not work under it");
         }
     }

@@ -1,6 +1,7 @@
 //! The parent's side: starts this program again to try an engine, and waits for no longer than a time limit.
 
 use crate::message::Message;
+use crate::trial::AUTO;
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::unix::process::ExitStatusExt;
@@ -104,6 +105,9 @@ pub(crate) fn try_engine(
 fn run(program: &Program, name: &str, limit: Duration) -> io::Result<(Said, Option<ExitStatus>)> {
     let mut command = program.command();
     command.args(["doctor", "--try", name]).stdin(Stdio::null());
+    if name != AUTO {
+        command.env("HMM_ENGINE", name);
+    }
     let (mut reader, writer) = io::pipe()?;
     command.stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn()?;

@@ -13,7 +13,7 @@
 //! | `engine` | the engine that programs get here: `"uffd"`, `"uffd-inline"`, `"signal"`; `null`: none |
 //! | `reason` | why this one and no better one, or why none; one line for people |
 //! | `works` | the engine was tried and does what it should; the exit status is 0 exactly then |
-//! | `forced` | `HMM_ENGINE` names the engine |
+//! | `forced` | `HMM_ENGINE` asks for one engine |
 //! | `schema` | 1 |
 //! | `version` | of libhmm |
 //! | `system` | `kernel`, `architecture`, `page_size`, `container` (hints, a list), `user_namespace`, `user_id`, `capabilities` (of `CAP_SYS_PTRACE` and `CAP_SYS_ADMIN`), `seccomp` (`off`, `strict`, `filter`, `unknown`), `no_new_privileges`, `dumpable` |
@@ -22,7 +22,7 @@
 //! | `limits` | `max_map_count`, `mappings`, `locked_memory` and `address_space` (bytes; `null`: unlimited), `overcommit_memory`, `huge_pages` |
 //! | `signals` | `sigsegv` and `sigbus` (`default`, `ignored`, `handled`), `blocked` (names) |
 //! | `environment` | `engine` and `uffd_disable` (of `HMM_ENGINE` and `HMM_UFFD_DISABLE`), `preload`, `valgrind`, `traced` |
-//! | `engines` | a list, the best first: `name`, `opens`, `works`, `reason` (`null` when it works), `proof` (`null` when it does not) |
+//! | `engines` | a list, the best first: `name`, `opens` (false: it refuses), `works`, `reason` (`null` when it works), `proof` (`null` when it does not) |
 //! | `limitations` | what does not work with the engine, one sentence each |
 //! | `advice` | what would help, the best first: `line` (to type, or to have) and `gain` |
 //!

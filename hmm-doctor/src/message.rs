@@ -42,7 +42,7 @@ pub(crate) struct Proof {
 pub(crate) struct Chosen {
     /// Its name; `None` when a program gets none.
     pub(crate) engine: Option<String>,
-    /// `HMM_ENGINE` names it.
+    /// `HMM_ENGINE` asks for one engine.
     pub(crate) forced: bool,
     /// Why this one, and why no better one; or why none.
     pub(crate) reason: String,

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 /// A process in which an engine is tried takes no longer. Usually it takes a small part of it.
 const LIMIT: Duration = Duration::from_secs(4);
+/// The same, where everything is slow.
+const VALGRIND_LIMIT: Duration = Duration::from_secs(30);
 
 /// Number of the form of this object: it changes when keys go or change their meaning, not when keys are added.
 const SCHEMA: u32 = 1;
@@ -20,7 +22,7 @@ const SCHEMA: u32 = 1;
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct EngineReport {
     pub(crate) name: &'static str,
-    /// It can be opened and started.
+    /// It does not refuse to be opened and started.
     pub(crate) opens: bool,
     /// And does what it should.
     pub(crate) works: bool,
@@ -53,12 +55,14 @@ pub struct Report {
 
 /// Looks at everything and tries every engine, each in a process of its own that `program` is started for.
 pub fn examine(program: &Program) -> Report {
-    let (said, answer) = child::try_engine(program, AUTO, LIMIT);
+    let environment = Environment::look();
+    let limit = if environment.valgrind { VALGRIND_LIMIT } else { LIMIT };
+    let (said, answer) = child::try_engine(program, AUTO, limit);
     let chosen = choice(answer);
     // One after another: they measure, too.
     let trials = EngineKind::ALL.into_iter();
     let engines: Vec<_> =
-        trials.map(|kind| tried(kind, child::try_engine(program, kind.name(), LIMIT).1)).collect();
+        trials.map(|kind| tried(kind, child::try_engine(program, kind.name(), limit).1)).collect();
     let found = engines.iter().find(|one| chosen.engine.as_deref() == Some(one.name));
     let mut report = Report {
         works: found.is_some_and(|one| one.works),
@@ -72,7 +76,7 @@ pub fn examine(program: &Program) -> Report {
         proc_files: ProcFiles::look(said.ways().as_deref()),
         limits: Limits::look(),
         signals: Signals::look(),
-        environment: Environment::look(),
+        environment,
         engines,
         limitations: Vec::new(),
         advice: Vec::new(),

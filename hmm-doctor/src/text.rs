@@ -29,7 +29,7 @@ impl Report {
         page.verdict(self);
         page.facts(self);
         page.engines(self);
-        page.list("does not work", self.limitations.iter().map(String::as_str));
+        page.list("keep in mind", self.limitations.iter().map(String::as_str));
         page.advice(self);
         page.text
     }

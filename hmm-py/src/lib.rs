@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod counters;
+mod doctor;
 mod error;
 mod kernel;
 mod memory;
@@ -22,6 +23,8 @@ static ALLOCATOR: hmm_core::arena::Arena = hmm_core::arena::Arena;
 /// The native part of the package `hmm`.
 #[pyo3::pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use crate::doctor::run_command;
     #[pymodule_export]
     use crate::error::Error;
     #[pymodule_export]

@@ -35,6 +35,7 @@ static void foreign_handles_are_refused(void)
 		REFUSED(hmm_residency(bad, memory, PAGE, places, PAGES), EINVAL);
 		REFUSED(hmm_mm_counters(bad, &counters), EINVAL);
 		CHECK(!hmm_mm_engine(bad));
+		REFUSED(hmm_mm_capabilities(bad), EINVAL);
 		CHECK(!hmm_mm_peek(bad, memory, &byte, 1) && !hmm_mm_poke(bad, memory, &byte, 1));
 		CHECK(!hmm_find_vma(bad, address(memory)));
 		CHECK_EQ(hmm_last_errno(), -EINVAL);
@@ -206,18 +207,36 @@ static void sized_structs_are_checked(void)
 	CHECK_EQ(out.counters.reserved, 0);
 }
 
+/* What the names of the engines promise. */
+static void engines_say_what_they_can_do(void)
+{
+	const char *engine = hmm_mm_engine(mm);
+	int can = hmm_mm_capabilities(mm);
+
+	CHECK(can > 0 && can & HMM_CAPABILITY_MISSING_FAULTS);
+	CHECK_EQ(!(can & HMM_CAPABILITY_KERNEL_FAULTS), strcmp(engine, "uffd") != 0);
+	CHECK_EQ(!(can & HMM_CAPABILITY_EVENTS), !strcmp(engine, "signal"));
+	CHECK_EQ(can & ~(HMM_CAPABILITY_MISSING_FAULTS | HMM_CAPABILITY_MOVE | HMM_CAPABILITY_KERNEL_FAULTS |
+			 HMM_CAPABILITY_POISON | HMM_CAPABILITY_EVENTS), 0);
+}
+
 static void closed_address_spaces_are_refused(void)
 {
+	int capabilities = hmm_mm_capabilities(mm);
 	struct mm_struct *before = mm;
+	char engine[16];
 
+	snprintf(engine, sizeof(engine), "%s", hmm_mm_engine(mm));
 	CHECK_EQ(hmm_mm_put(mm), 0);
 	REFUSED(hmm_mm_put(before), EINVAL);
 	REFUSED(hmm_mm_sync(before), EINVAL);
 	CHECK(!hmm_mm_engine(before));
+	REFUSED(hmm_mm_capabilities(before), EINVAL);
 	CHECK_EQ(memory_wrong(memory, PAGES), 0);
 	mm = hmm_mm_current();
 	CHECK(!IS_ERR(mm));
-	CHECK(!strcmp(hmm_mm_engine(mm), "uffd"));
+	CHECK(!strcmp(hmm_mm_engine(mm), engine));
+	CHECK_EQ(hmm_mm_capabilities(mm), capabilities);
 }
 
 int main(void)
@@ -231,6 +250,7 @@ int main(void)
 		TEST(locks_are_not_released_by_others),
 		TEST(vma_handles_run_out_and_come_back),
 		TEST(sized_structs_are_checked),
+		TEST(engines_say_what_they_can_do),
 		TEST(closed_address_spaces_are_refused),
 	};
 	int count = sizeof(tests) / sizeof(*tests), failed;

@@ -96,7 +96,7 @@ static void an_update_callback_does_not_migrate(void)
 				  address(memory) + PAGES * PAGE, pfns), 0);
 	hmm_vma_range_done(NULL, &range);
 	hmm_mm_read_unlock(mm);
-	madvise(memory, PAGE, MADV_DONTNEED);
+	test_device_change(&probe.device, memory);
 	hmm_mm_sync(mm);
 	CHECK_EQ(probe.inside_sync, 1);
 	CHECK_EQ(probe.migrate, -EDEADLK);

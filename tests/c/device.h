@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <unistd.h>
 
 #define TEST_DEVICE_PAGES 64
 
@@ -36,6 +37,7 @@ struct test_device {
 	atomic_int freed_twice;
 	atomic_int is_used[TEST_DEVICE_PAGES];
 	atomic_ulong fault_addr, fault_flags;
+	atomic_int fault_thread;
 	struct hmm_devmem *fault_devmem;
 	unsigned long src[TEST_DEVICE_PAGES * 4], dst[TEST_DEVICE_PAGES * 4];
 };
@@ -140,6 +142,7 @@ static inline int test_device_fault(struct hmm_devmem *devmem, struct vm_area_st
 	device->faults++;
 	device->fault_addr = addr;
 	device->fault_flags = flags;
+	device->fault_thread = gettid();
 	device->fault_devmem = devmem;
 	if (device->lose || pmdp || !hmm_devmem_has_page(devmem, page))
 		return VM_FAULT_SIGBUS;
@@ -192,6 +195,15 @@ static inline int test_device_migrate(struct test_device *device, const struct m
 	ret = TEST_MIGRATE(ops, vma, pages, start, start + pages * PAGE, device->src, device->dst, device);
 	hmm_mm_read_unlock(device->mm);
 	return ret;
+}
+
+/* Changes a page so that mirrors hear of it: drops its contents, or sends it to the device where that is not noticed. */
+static inline void test_device_change(struct test_device *device, unsigned char *page)
+{
+	if (hmm_mm_capabilities(device->mm) & HMM_CAPABILITY_EVENTS)
+		madvise(page, PAGE, MADV_DONTNEED);
+	else
+		test_device_migrate(device, &test_to_device, page, 1);
 }
 
 #endif

@@ -130,15 +130,17 @@ static void a_change_makes_done_false(void)
 	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
 	struct hmm_range range;
 
+	test_device_open(&device, mm);
 	memory_fill(memory, PAGES);
 	hmm_mm_read_lock(mm);
 	range = range_of(memory);
 	CHECK_EQ(hmm_vma_get_pfns(&range), 0);
 	hmm_mm_read_unlock(mm);
-	madvise(memory + PAGE, PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory + PAGE);
 	hmm_mm_sync(mm);
 	CHECK(!hmm_vma_range_done(&range) && !range.valid);
 	CHECK(pfns[0] && !pfns[1] && pfns[2]);
+	test_device_close(&device);
 	memory_unmap(memory, PAGES);
 }
 

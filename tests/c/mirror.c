@@ -6,6 +6,7 @@
 #define PAGES 8
 
 static struct mm_struct *mm;
+static struct test_device device;
 
 /* A driver that writes down what it is told. Callbacks touch nothing else; it is pinned with its mirror. */
 struct listener {
@@ -76,6 +77,7 @@ static void layout_changes_are_told(void)
 	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE), *moved;
 	int before;
 
+	NEEDS(mm, EVENTS);
 	memory_fill(memory, PAGES);
 	listen(&listener, memory);
 	madvise(memory + PAGE, PAGE, MADV_DONTNEED);
@@ -99,6 +101,33 @@ static void layout_changes_are_told(void)
 	memory_unmap(memory, PAGES);
 }
 
+/* Of pages that are on a device, every engine finds out. */
+static void layout_changes_of_device_pages_are_told(void)
+{
+	static struct listener listener;
+	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
+	int before;
+
+	memory_fill(memory, PAGES);
+	listen(&listener, memory);
+	CHECK_EQ(test_device_migrate(&device, &test_to_device, memory, PAGES), 0);
+	before = listener.calls;
+	madvise(memory + PAGE, PAGE, MADV_DONTNEED);
+	hmm_mm_sync(mm);
+	CHECK(listener.calls > before);
+	check_covers(&listener, memory, 1, 1);
+	before = listener.calls;
+	munmap(memory + 4 * PAGE, 2 * PAGE);
+	hmm_mm_sync(mm);
+	CHECK(listener.calls > before);
+	check_covers(&listener, memory, 4, 2);
+	CHECK_EQ(hmm_devmem_in_use(device.devmem), PAGES - 3);
+	hmm_mirror_unregister(&listener.mirror);
+	memory_unmap(memory, PAGES);
+	hmm_mm_sync(mm);
+	CHECK_EQ(hmm_devmem_in_use(device.devmem), 0);
+}
+
 static void other_ranges_are_not_told(void)
 {
 	static struct listener listener;
@@ -118,11 +147,9 @@ static void other_ranges_are_not_told(void)
 static void migration_is_told_to_every_mirror(void)
 {
 	static struct listener first, second;
-	static struct test_device device;
 	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
 	int before;
 
-	test_device_open(&device, mm);
 	memory_fill(memory, PAGES);
 	listen(&first, memory);
 	listen(&second, memory);
@@ -139,7 +166,6 @@ static void migration_is_told_to_every_mirror(void)
 	CHECK(second.calls > before);
 	check_covers(&second, memory, 3, 1);
 	hmm_mirror_unregister(&second.mirror);
-	test_device_close(&device);
 	memory_unmap(memory, PAGES);
 }
 
@@ -157,7 +183,7 @@ static void ops_are_copied(void)
 	CHECK_EQ(hmm_mirror_register(&listener.mirror, mm), 0);
 	memset(&on_stack, 0, sizeof(on_stack));
 	listener.mirror.ops = NULL;
-	madvise(memory, PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory);
 	hmm_mm_sync(mm);
 	CHECK(listener.calls > 0);
 	hmm_mirror_unregister(&listener.mirror);
@@ -165,9 +191,9 @@ static void ops_are_copied(void)
 	memory_unmap(memory, PAGES);
 }
 
-static void *drop_a_page(void *memory)
+static void *change_a_page(void *memory)
 {
-	madvise(memory, PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory);
 	hmm_mm_sync(mm);
 	return NULL;
 }
@@ -181,7 +207,7 @@ static void unregister_waits_for_a_running_callback(void)
 	memory_fill(memory, PAGES);
 	listen(&listener, memory);
 	listener.slow = true;
-	pthread_create(&thread, NULL, drop_a_page, memory);
+	pthread_create(&thread, NULL, change_a_page, memory);
 	for (int i = 0; i < 5000 && !listener.inside; i++)
 		usleep(1000);
 	CHECK_EQ(listener.inside, 1);
@@ -191,7 +217,7 @@ static void unregister_waits_for_a_running_callback(void)
 	CHECK_EQ(listener.calls, 1);
 	memset(&listener, 0xee, sizeof(listener));
 	pthread_join(thread, NULL);
-	madvise(memory, PAGES * PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory + PAGE);
 	hmm_mm_sync(mm);
 	CHECK_EQ(listener.calls, (int)0xeeeeeeee);
 	memory_unmap(memory, PAGES);
@@ -205,11 +231,11 @@ static void unregister_from_its_own_callback_does_not_hang(void)
 	memory_fill(memory, PAGES);
 	listen(&listener, memory);
 	listener.unregisters = true;
-	madvise(memory, PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory);
 	hmm_mm_sync(mm);
 	CHECK_EQ(listener.calls, 1);
 	CHECK_EQ(listener.unregister_errno, -EDEADLK);
-	madvise(memory, PAGES * PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory + PAGE);
 	hmm_mm_sync(mm);
 	CHECK_EQ(listener.calls, 1);
 	hmm_mirror_unregister(&listener.mirror);
@@ -226,7 +252,7 @@ static void *change_all_the_time(void *memory)
 {
 	for (unsigned int i = 0; !stop; i++) {
 		((volatile unsigned char *)memory)[i % PAGES * PAGE] = (unsigned char)i;
-		madvise((unsigned char *)memory + i % PAGES * PAGE, PAGE, MADV_DONTNEED);
+		test_device_change(&device, (unsigned char *)memory + i % PAGES * PAGE);
 	}
 	return NULL;
 }
@@ -266,6 +292,7 @@ static void closing_releases_each_mirror_once(void)
 	struct mm_struct *again = hmm_mm_current();
 
 	CHECK(again == mm);
+	test_device_close(&device);
 	memory_fill(memory, PAGES);
 	listen(&first, memory);
 	listen(&second, memory);
@@ -289,6 +316,7 @@ int main(void)
 {
 	static const struct tap_test tests[] = {
 		TEST(layout_changes_are_told),
+		TEST(layout_changes_of_device_pages_are_told),
 		TEST(other_ranges_are_not_told),
 		TEST(migration_is_told_to_every_mirror),
 		TEST(ops_are_copied),
@@ -302,6 +330,8 @@ int main(void)
 	mm = tap_mm(tests, count);
 	if (!mm)
 		return 0;
+	/* The last test, which closes the address space, closes it. */
+	test_device_open(&device, mm);
 	failed = tap_run(tests, count);
 	return hmm_mm_put(mm) ? 1 : failed;
 }

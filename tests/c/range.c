@@ -8,6 +8,7 @@
 #define UNTOUCHED 0x5a5a5a5a5a5a5a5aUL
 
 static struct mm_struct *mm;
+static struct test_device device;
 static hmm_pfn_t pfns[PAGES];
 
 /* The driver's side: its update lock, taken by the callback. Pinned with the mirror. */
@@ -144,6 +145,7 @@ static void done_is_false_and_zeroes_what_changed(void)
 	unsigned char *memory = fresh();
 	struct hmm_range range;
 
+	NEEDS(mm, EVENTS);
 	CHECK_EQ(look(memory, 0, PAGES, &range), 0);
 	madvise(memory + 2 * PAGE, 2 * PAGE, MADV_DONTNEED);
 	hmm_mm_sync(mm);
@@ -157,6 +159,21 @@ static void done_is_false_and_zeroes_what_changed(void)
 	hmm_mm_sync(mm);
 	CHECK(!hmm_vma_range_done(NULL, &range));
 	CHECK_EQ(pfns[7], 0);
+	memory_unmap(memory, PAGES);
+}
+
+static void migration_is_a_change(void)
+{
+	unsigned char *memory = fresh();
+	struct hmm_range range;
+
+	CHECK_EQ(look(memory, 0, PAGES, &range), 0);
+	CHECK_EQ(test_device_migrate(&device, &test_to_device, memory + 2 * PAGE, 2), 0);
+	CHECK(!hmm_vma_range_done(NULL, &range) && !range.valid);
+	CHECK_EQ(pfns[2], 0);
+	CHECK_EQ(pfns[3], 0);
+	CHECK(pfns[0] & HMM_PFN_VALID && pfns[1] & HMM_PFN_VALID && pfns[4] & HMM_PFN_VALID && pfns[7] & HMM_PFN_VALID);
+	CHECK_EQ(memory_wrong(memory, PAGES), 0);
 	memory_unmap(memory, PAGES);
 }
 
@@ -190,11 +207,10 @@ static void done_is_called_once(void)
 
 static void device_pages_are_reported_as_such(void)
 {
-	static struct test_device device;
 	unsigned char *memory = fresh();
 	struct hmm_range range;
+	int faults = device.faults;
 
-	test_device_open(&device, mm);
 	CHECK_EQ(test_device_migrate(&device, &test_to_device, memory, 4), 0);
 	CHECK_EQ(look(memory, 0, PAGES, &range), 0);
 	CHECK(hmm_vma_range_done(NULL, &range));
@@ -208,19 +224,18 @@ static void device_pages_are_reported_as_such(void)
 	CHECK_EQ(fault(memory, PAGES, true, &range), 0);
 	CHECK(hmm_vma_range_done(NULL, &range));
 	CHECK(pfns[0] & HMM_PFN_DEVICE_UNADDRESSABLE);
-	CHECK_EQ(device.faults, 0);
+	CHECK_EQ(device.faults, faults);
 	/* A touch by the CPU is a change. */
 	CHECK_EQ(look(memory, 0, PAGES, &range), 0);
 	CHECK_EQ(memory[PAGE], memory_pattern(1));
 	CHECK(!hmm_vma_range_done(NULL, &range));
 	CHECK_EQ(pfns[1], 0);
-	test_device_close(&device);
 	memory_unmap(memory, PAGES);
 }
 
-static void *drop_a_page(void *memory)
+static void *change_a_page(void *memory)
 {
-	madvise(memory, PAGE, MADV_DONTNEED);
+	test_device_change(&device, memory);
 	hmm_mm_sync(mm);
 	return NULL;
 }
@@ -236,7 +251,7 @@ static void done_under_the_lock_does_not_wait_for_callbacks(void)
 
 	CHECK_EQ(look(memory, 0, PAGES, &range), 0);
 	pthread_mutex_lock(&driver.update);
-	pthread_create(&thread, NULL, drop_a_page, memory);
+	pthread_create(&thread, NULL, change_a_page, memory);
 	for (int i = 0; i < 5000 && !driver.wants_lock; i++)
 		usleep(1000);
 	CHECK(driver.wants_lock);
@@ -301,6 +316,7 @@ int main(void)
 		TEST(protection_is_respected),
 		TEST(done_is_true_when_nothing_changed_inside),
 		TEST(done_is_false_and_zeroes_what_changed),
+		TEST(migration_is_a_change),
 		TEST(done_is_called_once),
 		TEST(device_pages_are_reported_as_such),
 		TEST(done_under_the_lock_does_not_wait_for_callbacks),
@@ -314,7 +330,9 @@ int main(void)
 	driver.mirror.ops = &ops;
 	if (hmm_mirror_register(&driver.mirror, mm) || hmm_pin_range(mm, &driver, sizeof(driver)))
 		return 2;
+	test_device_open(&device, mm);
 	failed = tap_run(tests, count);
+	test_device_close(&device);
 	hmm_mirror_unregister(&driver.mirror);
 	return hmm_mm_put(mm) ? 1 : failed;
 }

@@ -16,6 +16,7 @@ struct tap_test {
 #define TEST(function) { #function, function }
 
 static int tap_failures;
+static const char *tap_skip_reason;
 
 /* Holds or is reported; the test goes on. */
 #define CHECK(condition)                                                                       \
@@ -61,6 +62,15 @@ static int tap_failures;
 		CHECK_EQ(hmm_last_errno(), -(error));                                          \
 	} while (0)
 
+/* Leaves a test that is about what the engine lacks: NEEDS(mm, EVENTS). What is about something else uses another way. */
+#define NEEDS(mm, capability)                                                                  \
+	do {                                                                                   \
+		if (!(hmm_mm_capabilities(mm) & HMM_CAPABILITY_##capability)) {                \
+			tap_skip_reason = "the engine lacks " #capability;                     \
+			return;                                                                \
+		}                                                                              \
+	} while (0)
+
 /* Runs the tests; returns what main() returns. */
 static inline int tap_run(const struct tap_test *tests, int count)
 {
@@ -70,9 +80,13 @@ static inline int tap_run(const struct tap_test *tests, int count)
 	printf("1..%d\n", count);
 	for (int i = 0; i < count; i++) {
 		tap_failures = 0;
+		tap_skip_reason = NULL;
 		tests[i].run();
 		failed += tap_failures > 0;
-		printf("%sok %d - %s\n", tap_failures ? "not " : "", i + 1, tests[i].name);
+		printf("%sok %d - %s", tap_failures ? "not " : "", i + 1, tests[i].name);
+		if (tap_skip_reason)
+			printf(" # SKIP %s", tap_skip_reason);
+		printf("\n");
 	}
 	return failed ? 1 : 0;
 }
@@ -82,8 +96,10 @@ static inline struct mm_struct *tap_mm(const struct tap_test *tests, int count)
 {
 	struct mm_struct *mm = hmm_mm_current();
 
-	if (!hmm_is_err(mm))
+	if (!hmm_is_err(mm)) {
+		printf("# engine %s\n", hmm_mm_engine(mm));
 		return mm;
+	}
 	printf("1..%d\n", count);
 	for (int i = 0; i < count; i++)
 		printf("%sok %d - %s # SKIP %s\n", hmm_ptr_err(mm) == -EOPNOTSUPP ? "" : "not ", i + 1,

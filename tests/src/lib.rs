@@ -4,10 +4,11 @@
 mod proc_view;
 mod region;
 
+pub use hmm_core::Capabilities;
 pub use proc_view::{count_present, present, resident_bytes};
 pub use region::Region;
 
-use hmm_core::Mm;
+use hmm_core::{AddrRange, Mm, PresentGuard};
 use std::sync::Arc;
 
 /// Ends the test with a printed reason. The runner counts a line that begins with `skipped: ` on standard error.
@@ -28,6 +29,44 @@ macro_rules! mm_or_skip {
             Err(reason) => $crate::skip!("{reason}"),
         }
     };
+}
+
+/// Leaves the test as skipped when the engine lacks the capability (named as in [`Capabilities`]) that it is about.
+#[macro_export]
+macro_rules! needs {
+    ($mm:expr, $capability:ident) => {
+        if let Some(reason) = $crate::lack(&$mm, $crate::Capabilities::$capability) {
+            $crate::skip!("{reason}");
+        }
+    };
+}
+
+/// Why the engine of an mm cannot show what needs a capability; `None` when it can.
+pub fn lack(mm: &Mm, capability: Capabilities) -> Option<String> {
+    const MEANINGS: [(Capabilities, &str); 2] = [
+        (Capabilities::KERNEL_FAULTS, "system calls on absent pages fail"),
+        (Capabilities::EVENTS, "layout changes are not reported"),
+    ];
+    if mm.capabilities().contains(capability) {
+        return None;
+    }
+    let names: Vec<_> = capability.iter_names().map(|(name, _)| name).collect();
+    let meaning = MEANINGS.iter().find(|one| one.0 == capability).map_or("", |one| one.1);
+    Some(format!("engine {} lacks {}: {meaning}", mm.engine_name(), names.join(" and ")))
+}
+
+/// Keeps a range present for what the kernel does to it, where the engine lacks the capability to serve that.
+///
+/// # Panics
+/// When the range cannot be made present.
+pub fn hold(
+    mm: &Arc<Mm>,
+    without: Capabilities,
+    range: AddrRange,
+    write: bool,
+) -> Option<PresentGuard> {
+    let is_needed = !mm.capabilities().contains(without);
+    is_needed.then(|| mm.guard(range, write).expect("the range can be present"))
 }
 
 /// Opens the mm of this process. Only a machine on which no engine works is a reason to skip.

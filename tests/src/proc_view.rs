@@ -6,10 +6,13 @@ use std::os::unix::fs::FileExt;
 
 /// Bit of a pagemap entry that says that the page is in memory (`PM_PRESENT`).
 const PRESENT: u64 = 1 << 63;
+/// Bits that say that it is mapped here alone, or of a file: the kernel's shared page of zeros has none of them.
+const OWN: u64 = 1 << 56 | 1 << 61;
 /// Pagemap entries read at once.
 const ENTRIES: usize = 512;
 
-/// True when the CPU's page table maps the page at `addr`, as `/proc/self/pagemap` tells.
+/// True when the CPU's page table maps a page with contents at `addr`, as `/proc/self/pagemap` tells. The shared page of
+/// zeros does not count: an engine may leave it where a page went away.
 ///
 /// # Panics
 /// When the pagemap cannot be read.
@@ -17,7 +20,7 @@ pub fn present(addr: u64) -> bool {
     count_present(addr, 1) == 1
 }
 
-/// How many of `pages` pages from `addr` on the CPU's page table maps.
+/// How many of `pages` pages from `addr` on are [`present`].
 ///
 /// # Panics
 /// When the pagemap cannot be read.
@@ -31,7 +34,8 @@ pub fn count_present(addr: u64, pages: usize) -> usize {
         let offset = (first + done as u64) * 8;
         pagemap.read_exact_at(bytes, offset).expect("the pagemap has an entry for each page");
         let (entries, _) = bytes.as_chunks::<8>();
-        count += entries.iter().filter(|entry| u64::from_ne_bytes(**entry) & PRESENT != 0).count();
+        let entries = entries.iter().map(|entry| u64::from_ne_bytes(*entry));
+        count += entries.filter(|entry| entry & PRESENT != 0 && entry & OWN != 0).count();
     }
     count
 }

@@ -4,7 +4,7 @@
 mod driver;
 
 use driver::Card;
-use hmm_tests::{Region, mm_or_skip};
+use hmm_tests::{Region, mm_or_skip, needs};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ fn stay_on_first_processor(idle: bool) {
 #[test]
 fn contents_dropped_by_a_thread_that_seldom_runs_do_not_come_back() {
     let mm = mm_or_skip!();
+    needs!(mm, EVENTS);
     let (card, region) = (Card::new(&mm, 16), Region::new(16));
     region.fill(7);
     assert_eq!(card.all_to_device(region.range()), 16);

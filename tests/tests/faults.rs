@@ -9,7 +9,7 @@ use hmm_core::{
     Access, AddrRange, Error, PAGE_SIZE, PfnEntry, PfnFlags, RangeRequest, Residency, VirtAddr,
 };
 use hmm_soft::{SoftConfig, SoftDevice};
-use hmm_tests::{Region, mm_or_skip, present};
+use hmm_tests::{Capabilities, Region, hold, lack, mm_or_skip, needs, present};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
@@ -115,6 +115,7 @@ fn system_calls_on_pages_of_a_device_work_as_ever() {
     for _ in 0..10 {
         (0..region.words()).for_each(|at| region.word(at).store(at as u64, Ordering::Relaxed));
         assert_eq!(card.all_to_device(region.range()), 6);
+        let _held = hold(&mm, Capabilities::KERNEL_FAULTS, region.range(), true);
         call_through_files(&region);
         call_futex(region.word(4 * WORDS));
         let mut out = [0; PAGE_SIZE];
@@ -128,6 +129,38 @@ fn system_calls_on_pages_of_a_device_work_as_ever() {
     }
 }
 
+/// As `write`, past every library that would prepare the buffer.
+fn write_directly(file: i32, addr: u64, len: usize) -> libc::c_long {
+    // SAFETY: the kernel only reads there, or says that it cannot.
+    unsafe { libc::syscall(libc::SYS_write, file, addr, len) }
+}
+
+#[test]
+fn a_system_call_that_cannot_wait_fails_and_changes_nothing() {
+    let mm = mm_or_skip!();
+    if lack(&mm, Capabilities::KERNEL_FAULTS).is_none() {
+        hmm_tests::skip!("engine {} serves system calls", mm.engine_name());
+    }
+    let (card, region) = (Card::new(&mm, 4), filled(4));
+    // SAFETY: the name is a terminated string.
+    let file = unsafe { libc::memfd_create(c"faults".as_ptr(), 0) };
+    assert_eq!(card.all_to_device(region.part(1, 3)), 3);
+    let written = write_directly(file, region.page_addr(1), 8);
+    assert_eq!((written, last_errno()), (-1, libc::EFAULT));
+    // What is there goes out; the rest is no zeros.
+    let written = write_directly(file, region.addr(), 2 * PAGE_SIZE);
+    assert!(written == PAGE_SIZE as i64 || written == -1, "{written} bytes were written");
+    assert_eq!(on_device(&mm, region.range()), 3);
+    let held = mm.guard(region.range(), false).unwrap();
+    assert_eq!(write_directly(file, region.addr(), region.len()), region.len() as i64);
+    assert_eq!((on_device(&mm, region.range()), card.to_device(region.range()).unwrap()), (0, 0));
+    drop(held);
+    assert_eq!(card.all_to_device(region.range()), 4);
+    assert!(is_whole(&region));
+    // SAFETY: the descriptor is this test's.
+    unsafe { libc::close(file) };
+}
+
 #[test]
 fn protection_that_changed_meanwhile_holds_for_pages_that_come_home() {
     if !is_child() {
@@ -135,6 +168,7 @@ fn protection_that_changed_meanwhile_holds_for_pages_that_come_home() {
         return in_child(test, Some(libc::SIGSEGV));
     }
     let mm = mm_or_skip!();
+    needs!(mm, EVENTS);
     let (card, region) = (Card::new(&mm, 256), filled(256));
     for protection in [libc::PROT_READ, libc::PROT_NONE] {
         assert_eq!(card.all_to_device(region.range()), 256);
@@ -160,6 +194,7 @@ fn protection_that_changed_meanwhile_holds_for_pages_that_come_home() {
 #[test]
 fn a_device_does_not_learn_that_it_may_write_what_became_read_only() {
     let mm = mm_or_skip!();
+    needs!(mm, EVENTS);
     let (card, region) = (Card::new(&mm, 2), filled(2));
     assert_eq!(card.all_to_device(region.range()), 2);
     protect(&region, 0, 2, libc::PROT_READ);

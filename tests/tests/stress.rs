@@ -4,9 +4,9 @@
 //! The short form runs in `make test`; `HMM_STRESS=long` asks for five million page migrations.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may stop")]
 
-use hmm_core::{Counters, Mm, PAGE_SIZE};
+use hmm_core::{AddrRange, Counters, Mm, PAGE_SIZE};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
-use hmm_tests::{Region, mm_or_skip};
+use hmm_tests::{Capabilities, Region, hold, mm_or_skip};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -96,7 +96,7 @@ fn temporary_file() -> OwnedFd {
 }
 
 /// One counter travels from page to page through a file: `pwrite` from a page, `pread` into the next.
-fn count_by_system_calls(region: &Region, stop: &AtomicBool) -> u64 {
+fn count_by_system_calls(mm: &Arc<Mm>, region: &Region, stop: &AtomicBool) -> u64 {
     let file = temporary_file();
     let mut page = 0;
     let mut steps = 0;
@@ -105,6 +105,12 @@ fn count_by_system_calls(region: &Region, stop: &AtomicBool) -> u64 {
         from.store(from.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         page = (page + 7) % PAGES;
         let to = word(region, page, SYSTEM_CALL);
+        let held = |word: &AtomicU64, write| {
+            let addr = word.as_ptr().expose_provenance() as u64;
+            let word = AddrRange::covering(addr, 8).unwrap();
+            hold(mm, Capabilities::KERNEL_FAULTS, word, write)
+        };
+        let _held = [held(from, false), held(to, true)];
         // SAFETY: both pointers lead to 8 bytes of the region; only this thread uses these words.
         unsafe {
             assert_eq!(libc::pwrite(file.as_raw_fd(), from.as_ptr().cast(), 8, 0), 8);
@@ -152,11 +158,11 @@ fn every_counter_ends_right_while_pages_migrate() {
     region.fill(0);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (region, stop, device) = (&region, &stop, &*device);
+        let (mm, region, stop, device) = (&mm, &region, &stop, &*device);
         let cpu = CPU.map(|own| (own, scope.spawn(move || count_on_cpu(region, own, stop))));
         let devices = scope.spawn(move || count_on_device(device, region, stop));
-        let calls = scope.spawn(move || count_by_system_calls(region, stop));
-        migrate_all_the_while(&mm, device, region, &plan);
+        let calls = scope.spawn(move || count_by_system_calls(mm, region, stop));
+        migrate_all_the_while(mm, device, region, &plan);
         stop.store(true, Ordering::Relaxed);
         let mut shared = 0;
         for (own, thread) in cpu {

@@ -14,7 +14,8 @@ struct Room {
 }
 
 /// The ground floor: no knowledge of the floors above.
-const GROUND: &[&str] = &["addr", "arena", "error", "flags", "limits", "sync"];
+const GROUND: &[&str] =
+    &["addr", "arena", "error", "flags", "limits", "page_set", "sparse", "sync"];
 /// Interfaces and bookkeeping, below the address space.
 const BELOW_MM: &[&str] = &["engine", "ops", "notifier", "devmem", "stats"];
 /// What a verb works with.
@@ -39,7 +40,10 @@ const ROOMS: &[Room] = &[
     Room { modules: &["preload"], may_use: BELOW_VERBS },
     // Concrete engines know the Engine and FaultSink traits, and never the address space above them.
     Room { modules: &["engine::model"], may_use: &["engine"] },
-    Room { modules: &["engine::uffd"], may_use: &["engine"] },
+    Room { modules: &["engine::linux"], may_use: &["engine"] },
+    Room { modules: &["engine::trap"], may_use: &["engine"] },
+    Room { modules: &["engine::uffd"], may_use: &["engine", "engine::linux", "engine::trap"] },
+    Room { modules: &["engine::signal"], may_use: &["engine", "engine::linux", "engine::trap"] },
     // The composition root: chooses the engine and puts the parts together.
     Room {
         modules: &["context"],
@@ -47,6 +51,7 @@ const ROOMS: &[Room] = &[
             "engine",
             "engine::model",
             "engine::uffd",
+            "engine::signal",
             "ops",
             "notifier",
             "devmem",
@@ -67,14 +72,23 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("hmm-core", &[]),
     ("devices/soft", &["hmm-core"]),
     ("hmm-capi", &["hmm-core", "hmm-soft"]),
-    ("hmm-py", &["hmm-core", "hmm-soft"]),
+    ("hmm-py", &["hmm-core", "hmm-soft", "hmm-doctor"]),
+    ("hmm-doctor", &["hmm-core", "hmm-soft"]),
     ("hmm-preload", &[]),
 ];
 /// Modules of hmm-core that are published whole: bounds, locks and memory that a driver may share with the core.
 const PUBLISHED: &[&str] = &["arena", "limits", "sync"];
 /// The packages that the rules above speak of.
-const OURS: &[&str] =
-    &["hmm-core", "hmm-soft", "hmm-capi", "hmm-py", "hmm-preload", "hmm-tests", "xtask"];
+const OURS: &[&str] = &[
+    "hmm-core",
+    "hmm-soft",
+    "hmm-capi",
+    "hmm-py",
+    "hmm-preload",
+    "hmm-doctor",
+    "hmm-tests",
+    "xtask",
+];
 
 /// Every forbidden edge, one line each.
 pub(crate) fn check(root: &Path) -> Result<Vec<String>, String> {

@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{POLICIES, Region, WORDS, device, mm, sum_of};
-use hmm_core::{PAGE_SIZE, Residency};
+use common::{POLICIES, Region, WORDS, device, hold, mm, sum_of};
+use hmm_core::{Capabilities, PAGE_SIZE, Residency};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,7 +84,9 @@ fn system_calls_wait_for_migrated_pages() {
     let region = Region::counting(8, 1);
     assert_eq!(device.migrate(region.range()).unwrap(), 8);
     let (mut from, to) = std::io::pipe().unwrap();
+    let held = hold(&mm, Capabilities::KERNEL_FAULTS, &region);
     region.write_to(&to);
+    drop(held);
     let mut back = vec![0; 8 * PAGE_SIZE];
     from.read_exact(&mut back).unwrap();
     assert_eq!(back, region.all_bytes());
@@ -146,7 +148,9 @@ fn moved_mappings_keep_their_contents() {
             device.migrate(region.range()).unwrap();
         }
         let sum = device.run(sum_of(&region)).unwrap();
+        let held = hold(&mm, Capabilities::EVENTS, &region);
         region.move_onto(&place);
+        drop(held);
         assert_eq!(device.run(sum_of(&place)).unwrap(), sum, "{policy:?}");
         assert_eq!(place.all_words().iter().sum::<u64>(), sum);
         device.close().unwrap();

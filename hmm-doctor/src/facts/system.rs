@@ -1,6 +1,7 @@
 //! The machine, and the rights of this process.
 
 use super::{field, holds, text};
+use hmm_core::PAGE_SIZE;
 use rustix::process::DumpableBehavior;
 use serde::Serialize;
 use std::path::Path;
@@ -51,7 +52,7 @@ impl System {
         Self {
             kernel: uname.release().to_string_lossy().into_owned(),
             architecture: std::env::consts::ARCH,
-            page_size: rustix::param::page_size(),
+            page_size: page_size().unwrap_or(PAGE_SIZE),
             container: container_hints(&uname.version().to_string_lossy()),
             user_namespace: text("/proc/self/uid_map").is_some_and(|map| !is_initial(&map)),
             user_id: rustix::process::geteuid().as_raw(),
@@ -85,6 +86,16 @@ impl System {
     pub(crate) fn has_ptrace(&self) -> bool {
         self.capabilities.contains(&"CAP_SYS_PTRACE") && !self.user_namespace
     }
+}
+
+/// As the kernel told this process at its start.
+fn page_size() -> Option<usize> {
+    /// `AT_PAGESZ`
+    const PAGE_SIZE_ENTRY: usize = 6;
+    let bytes = std::fs::read("/proc/self/auxv").ok()?;
+    let words: Vec<_> =
+        bytes.as_chunks().0.iter().map(|word| usize::from_ne_bytes(*word)).collect();
+    words.as_chunks().0.iter().find(|[entry, _]| *entry == PAGE_SIZE_ENTRY).map(|[_, value]| *value)
 }
 
 fn seccomp(mode: Option<&str>) -> Seccomp {
@@ -151,6 +162,11 @@ pub(crate) mod tests {
         assert!(!system.has_ptrace());
         assert!(is_initial("         0          0 4294967295"));
         assert!(!is_initial("0 1000 1\n1 100000 65536"));
+    }
+
+    #[test]
+    fn the_kernel_tells_the_size_of_pages() {
+        assert!(page_size().unwrap().is_power_of_two());
     }
 
     #[test]

@@ -54,16 +54,20 @@ fn ways() -> hmm_core::Result<Vec<String>> {
     Ok(engine.ways().iter().map(|way| (*way).to_owned()).collect())
 }
 
-/// As `Mm::current` chooses; opened to the end, since an engine may refuse only when it is started.
+/// As a program chooses; opened to the end, since an engine may refuse only when it is started.
 fn choose() -> Chosen {
     step("choosing an engine");
     let none = |forced, reason| Chosen { engine: None, forced, reason };
     let (engine, choice) = match open_engine() {
         Ok(opened) => opened,
-        Err(error) => return none(false, error.to_string()),
+        Err(error) => {
+            let wish = std::env::var("HMM_ENGINE").unwrap_or_default();
+            return none(!matches!(wish.as_str(), "" | "auto"), error.to_string());
+        }
     };
+    drop(engine);
     let name = choice.engine.name();
-    match Mm::with_engine(engine).and_then(|mm| mm.close()) {
+    match Mm::current().and_then(|mm| mm.close()) {
         Ok(()) => {
             let (engine, forced) = (Some(name.to_owned()), choice.forced);
             Chosen { engine, forced, reason: choice.to_string() }
@@ -79,12 +83,16 @@ fn choose() -> Chosen {
 
 fn prove(kind: EngineKind) -> Message {
     step("opening the engine");
-    let engine = kind.open();
+    // Only for the engine's own words: it is opened again as a program does it, with all that belongs to that.
+    let opened = kind.open().map(drop);
     step("starting the engine");
-    let mm = match engine.and_then(Mm::with_engine) {
+    let mm = match opened.and_then(|()| Mm::current()) {
         Ok(mm) => mm,
         Err(error) => return Message::Refused(error.to_string()),
     };
+    if mm.engine_name() != kind.name() {
+        return Message::Failed(format!("HMM_ENGINE leads to the engine {}", mm.engine_name()));
+    }
     exercise(&mm).map_or_else(Message::Failed, Message::Proven)
 }
 

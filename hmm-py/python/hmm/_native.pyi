@@ -19,6 +19,7 @@ __all__ = [
     "SoftDevice",
     "close_all",
     "current",
+    "run_command",
 ]
 
 # Before Python 3.12 numpy's own stubs do not say that arrays have a buffer.
@@ -47,6 +48,7 @@ class Error(OSError): ...
 
 def current() -> Mm: ...
 def close_all() -> None: ...
+def run_command(words: list[str], program: list[str], *, colours: bool = False) -> tuple[str, int]: ...
 
 @final
 class Mm:

@@ -3,9 +3,11 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use hmm_core::{AddrRange, Mm, PAGE_SIZE, Residency};
+use hmm_core::{AddrRange, Capabilities, Mm, PAGE_SIZE, PresentGuard, Residency};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
+use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -136,13 +138,16 @@ impl Region {
         let _ = std::mem::ManuallyDrop::new(self);
     }
 
-    /// Pages that the kernel has in core for this mapping.
+    /// Pages that the kernel has in core for this mapping, and that are its own: its shared page of zeros may stand
+    /// where a page went away.
     pub(crate) fn pages_in_core(&self) -> usize {
-        let mut present = vec![0_u8; self.pages()];
-        // SAFETY: `present` has one byte for each page of the mapping.
-        let done = unsafe { libc::mincore(self.at(0), self.bytes, present.as_mut_ptr()) };
-        assert_eq!(done, 0);
-        present.iter().filter(|page| *page & 1 == 1).count()
+        const PRESENT: u64 = 1 << 63;
+        const OWN: u64 = 1 << 56 | 1 << 61;
+        let mut entries = vec![0_u8; 8 * self.pages()];
+        let offset = 8 * (self.address() / PAGE_SIZE as u64);
+        File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, offset).unwrap();
+        let entries = entries.as_chunks::<8>().0.iter().map(|entry| u64::from_ne_bytes(*entry));
+        entries.filter(|entry| entry & PRESENT != 0 && entry & OWN != 0).count()
     }
 
     /// Lets the kernel read everything, in one system call.
@@ -171,6 +176,12 @@ impl Drop for Region {
 
 pub(crate) fn mm() -> Arc<Mm> {
     Mm::current().unwrap()
+}
+
+/// Keeps a region present for what the kernel does to it, where the engine lacks the capability to serve that.
+pub(crate) fn hold(mm: &Arc<Mm>, without: Capabilities, region: &Region) -> Option<PresentGuard> {
+    let is_needed = !mm.capabilities().contains(without);
+    is_needed.then(|| mm.guard(region.range(), false).unwrap())
 }
 
 /// A device with so many pages of memory.

@@ -196,9 +196,9 @@ fn mincore(part: AddrRange, resident: &mut [u8; PAGES]) -> Result<()> {
         // A part is not mapped: page by page then.
         Some(libc::ENOMEM) if part.pages() > 1 => {
             let mut one = [0_u8; PAGES];
-            for page in 0..part.pages() {
+            for (page, byte) in resident.iter_mut().enumerate().take(part.pages()) {
                 mincore(part.sub(page, 1), &mut one)?;
-                resident[page] = one[0];
+                *byte = one[0];
             }
             Ok(())
         }

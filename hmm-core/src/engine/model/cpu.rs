@@ -89,13 +89,8 @@ impl ModelEngine {
                 let ticket = state.enqueue(page);
                 let from_service_thread = state.serving.contains(&this_thread());
                 drop(state);
-                let event = FaultEvent {
-                    addr: page,
-                    write,
-                    thread: 0,
-                    from_service_thread,
-                    inline: false,
-                };
+                let event =
+                    FaultEvent { addr: page, write, thread: 0, from_service_thread, inline: false };
                 let answered = self.report(&*sink, event, ticket, deadline);
                 self.state.lock().dequeue(ticket);
                 answered?;

@@ -5,10 +5,11 @@
 //! half a page.
 //!
 //! The kernel serves nobody here: system calls on a page that is away fail with `EFAULT`. And it tells nothing: what the
-//! program unmaps or drops is found out at the next touch or the next look ([`protect::Protector::examine`]), and what
+//! program unmaps or drops is found out at the next touch or the next look ([`look`]), and what
 //! happens in the very moment in which pages leave or come home is not found out at all.
 
 mod hidden;
+mod look;
 mod protect;
 
 use super::linux::memory::{self, Memory, Reserved};
@@ -108,10 +109,7 @@ impl Owner for Common {
     fn claim(&self, access: &Access) -> Claim {
         let page = access.addr.page();
         if !self.protector.hidden.contains(page) {
-            return match self.protector.mappings.at(page) {
-                Ok(Some(mapping)) if allows(&mapping, access) => Claim::Settled,
-                _ => Claim::Stranger,
-            };
+            return self.claim_accessible(access);
         }
         // What looks wrong here is put right first: the page may be another one by now.
         if !self.protector.note_if_changed(page) {
@@ -133,7 +131,8 @@ impl Owner for Common {
             while let (Some(rest), Some(ticket)) = (next, tickets.get_mut(count)) {
                 let gone = self.protector.examine(rest);
                 *ticket = gone.map(|gone| sink.on_map_event(MapEvent::Unmap(gone)));
-                next = gone.and_then(|gone| AddrRange::new(gone.end().get(), rest.end().get()).ok());
+                next =
+                    gone.and_then(|gone| AddrRange::new(gone.end().get(), rest.end().get()).ok());
                 count += 1;
             }
             drop(changing);
@@ -149,6 +148,18 @@ fn allows(mapping: &Mapping, access: &Access) -> bool {
 }
 
 impl Common {
+    /// The page was shown since the fault, or it is the program's own affair. While its leaf is locked it does not change.
+    fn claim_accessible(&self, access: &Access) -> Claim {
+        let page = access.addr.page();
+        let Some(leaf) = self.protector.hidden.leaf_or_new(page) else { return Claim::Stranger };
+        let state = leaf.lock();
+        match self.protector.mappings.at(page) {
+            _ if state.hidden.contains(page.index_in_leaf()) => Claim::Settled,
+            Ok(Some(mapping)) if allows(&mapping, access) => Claim::Settled,
+            _ => Claim::Stranger,
+        }
+    }
+
     /// Notices a foreign handler of the signal, frees what nobody uses.
     fn watch(&self, trap: &Trap) {
         let sink = self.sink.read().clone();
@@ -343,10 +354,11 @@ impl SignalEngine {
         let hidden = &self.common.protector.hidden;
         for page in (0..range.pages()).map(|page| range.page_at(page)) {
             let mut byte = 0_u8;
+            if !hidden.contains(page) {
+                continue;
+            }
             // SAFETY: one byte is read, into a variable of this function.
-            if hidden.contains(page)
-                && unsafe { copy::faulting(&raw mut byte, page.as_ptr(), 1) } == 0
-            {
+            if unsafe { copy::faulting(&raw mut byte, page.as_ptr(), 1) } == 0 {
                 return Err(Error::Fault { address: page, what: "the page cannot be had" });
             }
         }

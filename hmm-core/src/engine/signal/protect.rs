@@ -6,18 +6,16 @@
 //! dropped or unmapped by the program meanwhile.
 
 use super::hidden::{Hidden, Leaf, State};
-use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, USER_END, VirtAddr};
+use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
 use crate::engine::linux::{Mappings, Memory, Presence, memory};
 use crate::engine::trap::copy;
-use crate::engine::{Mapping, Present, Progress, Stop, VmaKind};
+use crate::engine::{Present, Progress, Stop, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
 use crate::sync::Mutex;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MprotectFlags, MremapFlags};
 
-/// Looks at a mapping that seems to be the program's own, but may have been shown between two questions.
-const LOOKS: usize = 3;
 /// Ranges that do not look as they should, waiting to be looked at with the layout lock.
 const SUSPECTS: usize = 64;
 
@@ -30,14 +28,14 @@ pub(super) struct Protector {
     pub(super) memory: Option<Memory>,
     /// So many runs of hidden pages may be: beyond, leaves are hidden as a whole.
     runs_limit: usize,
-    suspects: Mutex<[Option<AddrRange>; SUSPECTS]>,
+    pub(super) suspects: Mutex<[Option<AddrRange>; SUSPECTS]>,
 }
 
 fn stopped(pages: usize, stop: Stop) -> Progress {
     Progress { pages, stop }
 }
 
-fn protect(range: AddrRange, access: MprotectFlags) -> std::result::Result<(), Stop> {
+pub(super) fn protect(range: AddrRange, access: MprotectFlags) -> std::result::Result<(), Stop> {
     let start = range.start().as_ptr().cast();
     // SAFETY: the pages are of a mapping whose pages the engine hides and shows; contents do not change.
     match unsafe { rustix::mm::mprotect(start, range.len() as usize, access) } {
@@ -47,7 +45,7 @@ fn protect(range: AddrRange, access: MprotectFlags) -> std::result::Result<(), S
     }
 }
 
-const READ_WRITE: MprotectFlags = MprotectFlags::READ.union(MprotectFlags::WRITE);
+pub(super) const READ_WRITE: MprotectFlags = MprotectFlags::READ.union(MprotectFlags::WRITE);
 
 impl Protector {
     pub(super) fn new(memory: Option<Memory>) -> Result<Self> {
@@ -61,38 +59,6 @@ impl Protector {
             runs_limit,
             suspects: Mutex::new([None; SUSPECTS]),
         })
-    }
-
-    /// The mapping as the program made it: hidden pages show the access that they had.
-    pub(super) fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
-        let mut tries = 0;
-        loop {
-            let found = self.mappings.at(addr)?;
-            let above = found.map_or(USER_END, |mapping| mapping.range.start().get());
-            if above > addr.get() && self.hidden.contains(addr) {
-                // Unmapped by the program.
-                let nothing = AddrRange::from_bounds(addr.get(), above);
-                self.suspect(self.hidden.run_around(addr, nothing).0);
-            }
-            let Some(mut mapping) = found else { return Ok(None) };
-            let first = addr.max(mapping.range.start());
-            let (run, hidden) = self.hidden.run_around(first, mapping.range);
-            let accessible = !mapping.protection.is_empty();
-            tries += 1;
-            match (hidden, accessible) {
-                (false, true) => mapping.range = run,
-                // Perhaps it was shown since the kernel was asked.
-                (false, false) if tries < LOOKS => continue,
-                (false, false) => mapping.range = run,
-                (true, false) => {
-                    mapping.range = run;
-                    mapping.protection = Protection::READ | Protection::WRITE;
-                }
-                // On its way in or out, or changed by the program.
-                (true, true) => self.suspect(run),
-            }
-            return Ok(Some(mapping));
-        }
     }
 
     /// Whether a range is what may be taken: one mapping, readable and writable, nothing of it hidden by the program.
@@ -132,13 +98,14 @@ impl Protector {
             let mut target = part;
             if state.whole || self.hidden.runs() >= self.runs_limit {
                 target = self.piece_of_leaf(leaf, part);
-                if must_stay(target) {
-                    target = part;
-                }
                 state.whole = true;
             }
             let frame = frame.plus_pages(done);
-            if let Err(stop) = self.take_part(leaf, state, part, target, frame) {
+            let mut taken = self.take_part(leaf, state, part, target, frame, must_stay);
+            if taken == Err(Stop::WithLeaf) {
+                taken = self.take_part(leaf, state, part, part, frame, &|_| false);
+            }
+            if let Err(stop) = taken {
                 return stopped(done, stop);
             }
             done += part.pages();
@@ -153,12 +120,18 @@ impl Protector {
         part: AddrRange,
         target: AddrRange,
         frame: VirtAddr,
+        must_stay: &dyn Fn(AddrRange) -> bool,
     ) -> std::result::Result<(), Stop> {
         let before = *state;
         let mut hidden = state.hidden;
         hidden.insert_pages(target);
         // Before anything is inaccessible: whoever faults finds the page in the table, and waits.
         self.hidden.set(state, hidden);
+        // Who pins a page of it from now on finds it in the table, too.
+        if target != part && must_stay(target) {
+            self.hidden.set(state, before.hidden);
+            return Err(Stop::WithLeaf);
+        }
         state.away.insert_pages(part);
         let copied = self.hide_and_copy(target, part, frame);
         if copied.is_err() {
@@ -167,7 +140,9 @@ impl Protector {
             while slot < LEAF_PAGES {
                 let (end, inside) = hidden.run_at(slot);
                 let run = leaf.pages(slot, end).intersect(target);
-                if let Some(run) = run.filter(|run| inside && !kept.contains(run.start().index_in_leaf())) {
+                if let Some(run) =
+                    run.filter(|run| inside && !kept.contains(run.start().index_in_leaf()))
+                {
                     let _ = protect(run, READ_WRITE);
                 }
                 slot = end;
@@ -263,37 +238,6 @@ impl Protector {
         }
     }
 
-    /// Whether the kernel has a range as we left it: inaccessible.
-    fn is_ours(&self, range: AddrRange) -> bool {
-        let mut next = range.start();
-        while next < range.end() {
-            match self.mappings.at(next) {
-                Ok(Some(mapping))
-                    if mapping.range.contains(next) && mapping.protection.is_empty() =>
-                {
-                    next = mapping.range.end();
-                }
-                _ => return false,
-            }
-        }
-        true
-    }
-
-    /// Whether nothing happened to a run of pages behind our back: they are inaccessible, and what was marked still is.
-    fn is_intact(&self, state: &State, run: AddrRange) -> bool {
-        if !self.is_ours(run) {
-            return false;
-        }
-        let mut intact = true;
-        let scanned = self.presence.scan(run, &mut |part, present| {
-            if present == Present::None {
-                let mut slots = (0..part.pages()).map(|page| part.page_at(page).index_in_leaf());
-                intact &= !slots.any(|slot| state.marked.contains(slot));
-            }
-        });
-        intact && scanned.is_ok()
-    }
-
     /// As [`crate::engine::Engine::give`].
     pub(super) fn give(&self, range: AddrRange, frame: VirtAddr) -> Progress {
         let mut done = 0;
@@ -380,7 +324,7 @@ impl Protector {
     }
 
     /// The pages are not hidden any more.
-    fn forget(&self, state: &mut State, part: AddrRange) {
+    pub(super) fn forget(&self, state: &mut State, part: AddrRange) {
         let mut hidden = state.hidden;
         for page in 0..part.pages() {
             let slot = part.page_at(page).index_in_leaf();
@@ -444,93 +388,12 @@ impl Protector {
         true
     }
 
-    /// Notes the hidden pages of a range that are not as they were left.
-    pub(super) fn refresh(&self, range: AddrRange) {
-        self.hidden.each_run(range, &mut |run| {
-            if let Some(leaf) = self.hidden.leaf(run.start()) {
-                let state = leaf.lock();
-                if !self.is_intact(&state, run) {
-                    self.suspect(run);
-                }
-            }
-        });
-    }
-
-    /// Notes a hidden page that does not look as it was left.
-    pub(super) fn note_if_changed(&self, page: VirtAddr) -> bool {
-        let range = AddrRange::page_of(page);
-        let Some(leaf) = self.hidden.leaf(page) else { return false };
-        let state = leaf.lock();
-        let changed = state.hidden.contains(page.index_in_leaf()) && !self.is_intact(&state, range);
-        drop(state);
-        if changed {
-            self.suspect(range);
-        }
-        changed
-    }
-
-    /// Notes a range that does not look as it should. A full list drops it; the next look finds it again.
-    pub(super) fn suspect(&self, range: AddrRange) {
-        let mut suspects = self.suspects.lock();
-        if !suspects.contains(&Some(range))
-            && let Some(place) = suspects.iter_mut().find(|place| place.is_none())
-        {
-            *place = Some(range);
-        }
-    }
-
-    /// The next range of the list.
-    pub(super) fn next_suspect(&self) -> Option<AddrRange> {
-        self.suspects.lock().iter_mut().find_map(Option::take)
-    }
-
-    /// Looks at a range closely, with the layout lock held for writing: the first run of pages that were away, and that
-    /// the program unmapped or dropped. They are not hidden any more.
-    pub(super) fn examine(&self, range: AddrRange) -> Option<AddrRange> {
-        for leaf in self.hidden.leaves(range) {
-            let Some(part) = leaf.range().intersect(range) else { continue };
-            let state = &mut *leaf.lock();
-            let mut gone: Option<AddrRange> = None;
-            for page in 0..part.pages() {
-                let page = AddrRange::page_of(part.page_at(page));
-                let was_away = self.put_right(state, page);
-                gone = match gone {
-                    Some(run) if was_away => Some(run.hull(page)),
-                    Some(run) => return Some(run),
-                    None => was_away.then_some(page),
-                };
-            }
-            if gone.is_some() {
-                return gone;
-            }
-        }
-        None
-    }
-
-    /// A page that is not as it was left is not hidden any more. True if it was away.
-    fn put_right(&self, state: &mut State, page: AddrRange) -> bool {
-        let slot = page.start().index_in_leaf();
-        if !state.hidden.contains(slot) || self.is_intact(state, page) {
-            return false;
-        }
-        let was_away = state.away.contains(slot) || state.poisoned.contains(slot);
-        let dropped = self.is_ours(page);
-        self.forget(state, page);
-        if dropped && protect(page, READ_WRITE).is_err() {
-            // Mappings are short: it is shown with the others of its leaf.
-            let mut hidden = state.hidden;
-            hidden.insert(slot);
-            self.hidden.set(state, hidden);
-            state.whole = true;
-        }
-        was_away
-    }
-
     /// The watched mapping's pages stay small: a huge page made by the kernel would fill the marks of its neighbours.
     pub(super) fn keep_small(range: AddrRange) {
         let start = range.start().as_ptr().cast();
         // SAFETY: the advice changes no contents. A kernel without huge pages refuses it, and needs it not.
-        let _ = unsafe { rustix::mm::madvise(start, range.len() as usize, Advice::LinuxNoHugepage) };
+        let _ =
+            unsafe { rustix::mm::madvise(start, range.len() as usize, Advice::LinuxNoHugepage) };
     }
 }
 
@@ -545,8 +408,7 @@ fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
         let staging = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, access, flags)?;
         std::ptr::copy_nonoverlapping(frame.as_ptr().cast_const(), staging.cast::<u8>(), len);
         let target = part.start().as_ptr().cast();
-        let moved =
-            rustix::mm::mremap_fixed(staging, len, len, MremapFlags::MAYMOVE, target);
+        let moved = rustix::mm::mremap_fixed(staging, len, len, MremapFlags::MAYMOVE, target);
         if moved.is_err() {
             let _ = rustix::mm::munmap(staging, len);
         }

@@ -3,9 +3,9 @@
 //! Nothing keeps a program from installing a handler of its own later. So the action is looked at again whenever pages
 //! are about to leave, and now and then: a stranger's handler is put behind ours.
 
-use crate::engine::say;
 use crate::addr::VirtAddr;
 use crate::arena;
+use crate::engine::say;
 use crate::error::{Error, Result};
 use crate::sync::Mutex;
 use std::mem::MaybeUninit;
@@ -124,17 +124,12 @@ fn c_library_sigaction() -> SigAction {
     unsafe { std::mem::transmute::<*mut libc::c_void, SigAction>(real) }
 }
 
-/// Puts our handler first.
+/// Whether our handler can be installed.
 ///
 /// # Errors
-/// `Unsupported` when the program ignores the signal, and therefore would be killed by the first fault.
-pub(super) fn install(signal: Signal, handler: Handler) -> Result<()> {
-    let _one = signal.state().changing.lock();
-    let now = exchange(signal, None)?;
-    if now.sa_sigaction == handler as usize {
-        return Ok(());
-    }
-    if now.sa_sigaction == libc::SIG_IGN {
+/// `Unsupported` when the program ignores the signal: somebody wants it so, and the kernel would kill at the first fault.
+pub(super) fn check(signal: Signal) -> Result<()> {
+    if exchange(signal, None)?.sa_sigaction == libc::SIG_IGN {
         return Err(Error::Unsupported {
             what: format!(
                 "{name} is ignored by this process; this engine answers faults in a handler of {name}: set it to \
@@ -142,6 +137,20 @@ pub(super) fn install(signal: Signal, handler: Handler) -> Result<()> {
                 name = signal.name()
             ),
         });
+    }
+    Ok(())
+}
+
+/// Puts our handler first.
+///
+/// # Errors
+/// As [`check`].
+pub(super) fn install(signal: Signal, handler: Handler) -> Result<()> {
+    check(signal)?;
+    let _one = signal.state().changing.lock();
+    let now = exchange(signal, None)?;
+    if now.sa_sigaction == handler as usize {
+        return Ok(());
     }
     put_first(signal, handler, now)
 }

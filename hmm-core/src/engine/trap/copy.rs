@@ -74,7 +74,11 @@ pub(in crate::engine) unsafe fn faulting(to: *mut u8, from: *const u8, count: us
     count - unsafe { hmm_copy_faulting(to, from, count) }
 }
 
-fn between(instruction: usize, access: unsafe extern "C" fn(), end: unsafe extern "C" fn()) -> bool {
+fn between(
+    instruction: usize,
+    access: unsafe extern "C" fn(),
+    end: unsafe extern "C" fn(),
+) -> bool {
     (access as usize..end as usize).contains(&instruction)
 }
 

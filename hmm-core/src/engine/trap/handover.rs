@@ -121,7 +121,7 @@ mod tests {
         let handover = Handover::new();
         let fault = |page: u64| FaultEvent {
             addr: VirtAddr::new(page * 4096),
-            write: page % 2 == 0,
+            write: page.is_multiple_of(2),
             thread: 0,
             from_service_thread: false,
             inline: false,

@@ -57,6 +57,16 @@ pub(super) trait Owner: Send + Sync {
     fn drain(&self);
 }
 
+/// How far a fault came on the library's own stack.
+enum Served {
+    /// All is done.
+    Here(Verdict),
+    /// The toucher sleeps until the page is released.
+    Asleep,
+    /// A service thread answers.
+    Elsewhere(FaultEvent),
+}
+
 /// A handler's view of one engine, and the service threads behind it.
 pub(super) struct Trap {
     signals: &'static [Signal],
@@ -96,6 +106,7 @@ impl Trap {
         owner: NonNull<dyn Owner>,
         signals: &'static [Signal],
     ) -> Result<Shared<Self>> {
+        signals.iter().try_for_each(|signal| actions::check(*signal))?;
         let trap = Self {
             signals,
             process: std::process::id(),
@@ -182,20 +193,38 @@ impl Trap {
         unsafe { self.owner.as_ref() }
     }
 
-    /// A fault, in the handler of the thread that raised it.
+    /// A fault, in the handler of the thread that raised it. Little happens on the stack on which the handler runs: a
+    /// program's alternate stack may be small.
     fn on_access(&self, access: &Access) -> Verdict {
         if !self.signals.contains(&access.signal) || self.process != std::process::id() {
             return Verdict::Stranger;
         }
-        let Some(sink) = self.sink.read().clone() else { return Verdict::Stranger };
-        match self.owner().claim(access) {
-            Claim::Mine => self.serve_access(&*sink, access),
-            Claim::Settled => Verdict::TryAgain,
-            Claim::Stranger => Verdict::Stranger,
+        let before = self.parking.before(access.addr);
+        match self.stacks.run(&mut || self.serve_access(access)) {
+            Some(Served::Asleep) => {
+                self.parking.sleep(access.addr, &before);
+                Verdict::TryAgain
+            }
+            Some(Served::Elsewhere(fault)) => match self.handover.ask(fault) {
+                Resolution::Lost => Verdict::Lost,
+                Resolution::Parked => {
+                    self.parking.sleep(access.addr, &before);
+                    Verdict::TryAgain
+                }
+                _ => Verdict::TryAgain,
+            },
+            Some(Served::Here(verdict)) => verdict,
+            None => Verdict::Stranger,
         }
     }
 
-    fn serve_access(&self, sink: &dyn FaultSink, access: &Access) -> Verdict {
+    fn serve_access(&self, access: &Access) -> Served {
+        let Some(sink) = self.sink.read().clone() else { return Served::Here(Verdict::Stranger) };
+        match self.owner().claim(access) {
+            Claim::Mine => {}
+            Claim::Settled => return Served::Here(Verdict::TryAgain),
+            Claim::Stranger => return Served::Here(Verdict::Stranger),
+        }
         let thread = threads::id();
         let from_service_thread = self.ids.iter().any(|id| id.load(Ordering::Relaxed) == thread);
         let fault = FaultEvent {
@@ -205,28 +234,21 @@ impl Trap {
             from_service_thread,
             inline: true,
         };
-        let before = self.parking.before(fault.addr);
-        match self.answer_here_or_there(sink, fault) {
-            Resolution::Lost => return Verdict::Lost,
-            Resolution::Parked => self.parking.sleep(fault.addr, &before),
+        let elsewhere = Served::Elsewhere(FaultEvent { inline: false, ..fault });
+        if from_service_thread {
+            say::self_fault(fault.addr);
+            return elsewhere;
+        }
+        match self.answer(&*sink, fault) {
+            Resolution::HandOver => elsewhere,
+            Resolution::Lost => Served::Here(Verdict::Lost),
+            Resolution::Parked => Served::Asleep,
             Resolution::WaitsForItself => {
                 say::own_batch(fault.addr);
-                self.parking.sleep(fault.addr, &before);
+                Served::Asleep
             }
-            Resolution::Resolved | Resolution::Retry | Resolution::HandOver => {}
+            Resolution::Resolved | Resolution::Retry => Served::Here(Verdict::TryAgain),
         }
-        Verdict::TryAgain
-    }
-
-    fn answer_here_or_there(&self, sink: &dyn FaultSink, fault: FaultEvent) -> Resolution {
-        if fault.from_service_thread {
-            say::self_fault(fault.addr);
-        } else if let Some(resolution) = self.stacks.run(&mut || self.answer(sink, fault))
-            && resolution != Resolution::HandOver
-        {
-            return resolution;
-        }
-        self.handover.ask(FaultEvent { inline: false, ..fault })
     }
 
     fn answer(&self, sink: &dyn FaultSink, fault: FaultEvent) -> Resolution {

@@ -39,7 +39,8 @@ impl Stacks {
         };
         let no_memory = |_| Error::NoMemory { what: "stacks for the signal handler" };
         let start = mapped.map_err(no_memory)?.expose_provenance() as u64;
-        let stacks = Self { area: AddrRange::new(start, start + bytes as u64)?, used: AtomicU64::new(0) };
+        let stacks =
+            Self { area: AddrRange::new(start, start + bytes as u64)?, used: AtomicU64::new(0) };
         for number in 0..STACKS {
             let stack = stacks.stack(number);
             let access = MprotectFlags::READ | MprotectFlags::WRITE;
@@ -68,22 +69,31 @@ impl Stacks {
                 return None;
             }
             let wanted = used | 1 << free;
-            match self.used.compare_exchange_weak(used, wanted, Ordering::Acquire, Ordering::Relaxed)
-            {
+            match self.used.compare_exchange_weak(
+                used,
+                wanted,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return Some(Claim(self, free)),
                 Err(other) => used = other,
             }
         }
     }
 
-    /// Runs `work` on a stack of the pool; on the current one when it is of the pool already. `None`: all are in use,
-    /// and nothing was done.
+    /// Runs `work` on a stack of the pool; on the current one when it is of the pool already. Waits for a free one:
+    /// nobody sleeps on them for long. `None` only if `work` did not return.
     pub(super) fn run<R>(&self, work: &mut dyn FnMut() -> R) -> Option<R> {
         let marker = 0_u8;
         if self.area.contains(VirtAddr::from_ptr(&raw const marker)) {
             return Some(work());
         }
-        let claim = self.claim()?;
+        let claim = loop {
+            match self.claim() {
+                Some(claim) => break claim,
+                None => std::thread::yield_now(),
+            }
+        };
         let mut result = None;
         let mut job = || result = Some(work());
         let mut job: &mut dyn FnMut() = &mut job;
@@ -191,11 +201,16 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pool_says_so() {
+    fn a_full_pool_is_waited_for() {
         let stacks = Stacks::new().unwrap();
         let claims: Vec<_> = (0..STACKS).map(|_| stacks.claim().unwrap()).collect();
-        assert_eq!(stacks.run(&mut || 1), None);
-        drop(claims);
-        assert_eq!(stacks.run(&mut || 1), Some(1));
+        assert!(stacks.claim().is_none());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| stacks.run(&mut || 1));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!waiting.is_finished());
+            drop(claims);
+            assert_eq!(waiting.join().unwrap(), Some(1));
+        });
     }
 }

@@ -117,7 +117,9 @@ impl UffdEngine {
         if mode == Mode::Blocking || !can_move {
             // Only it reads what is there without waiting for what is not.
             memory.as_ref().map_err(|error| Error::Unsupported {
-                what: format!("userfaultfd is there, but the library needs /proc/self/mem: {error}"),
+                what: format!(
+                    "userfaultfd is there, but the library needs /proc/self/mem: {error}"
+                ),
             })?;
         }
         let inline = match mode {
@@ -270,9 +272,7 @@ impl Engine for UffdEngine {
         let deadline = Instant::now() + DEADLINE;
         loop {
             match memory::populate(range, write) {
-                Err(Error::Fault { .. })
-                    if self.inline.is_some() && Instant::now() < deadline =>
-                {
+                Err(Error::Fault { .. }) if self.inline.is_some() && Instant::now() < deadline => {
                     self.touch_absent(range)?;
                 }
                 done => return done,

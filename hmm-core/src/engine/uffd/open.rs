@@ -65,7 +65,9 @@ fn choose(offered: u64, mode: Mode) -> Result<u64> {
     let lacks = |bits: u64| offered & bits != bits;
     let missing = |what: &str| {
         Err(Error::Unsupported {
-            what: format!("userfaultfd lacks {what} (the kernel, or {MASK}); 6.8 and later have all"),
+            what: format!(
+                "userfaultfd lacks {what} (the kernel, or {MASK}); 6.8 and later have all"
+            ),
         })
     };
     if lacks(EVENTS) {

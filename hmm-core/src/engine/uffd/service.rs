@@ -6,11 +6,11 @@
 use super::abi::{self, Message, Range};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
+use crate::engine::trap::Trap;
 use crate::engine::{
     FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution, lost, say, threads,
 };
 use crate::error::{Error, Result};
-use crate::engine::trap::Trap;
 use crate::limits::{EVENT_BATCH, MIGRATIONS, REMOVE_GRACE, STUCK};
 use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -97,11 +97,7 @@ impl Service {
     }
 
     /// Starts the threads; the watch looks after the trap, too, if there is one.
-    pub(super) fn start(
-        &self,
-        sink: Arc<dyn FaultSink>,
-        trap: Option<Shared<Trap>>,
-    ) -> Result<()> {
+    pub(super) fn start(&self, sink: Arc<dyn FaultSink>, trap: Option<Shared<Trap>>) -> Result<()> {
         *self.shared.sink.write() = Some(sink);
         let mut threads = self.shared.threads.lock();
         for (number, cpu) in threads::usable_cpus().into_iter().take(THREADS - 1).enumerate() {
@@ -115,7 +111,11 @@ impl Service {
         let number = threads.len();
         let shared = self.shared.clone();
         let watch = std::thread::Builder::new().name("hmm-watch".into()).stack_size(threads::STACK);
-        threads.push(watch.spawn(move || shared.watch(number, trap.as_deref())).map_err(threads::cannot_start)?);
+        threads.push(
+            watch
+                .spawn(move || shared.watch(number, trap.as_deref()))
+                .map_err(threads::cannot_start)?,
+        );
         drop(threads);
         self.wait_until_running()
     }
