@@ -60,6 +60,13 @@
  *    They may call the functions whose Context says "callbacks included", and what their own
  *    description allows.
  *  - Any function may be called from any thread, except where it says otherwise.
+ *  - System calls on memory that may be on a device: see HMM_CAPABILITY_KERNEL_FAULTS and
+ *    hmm_guard().
+ *  - The engines "uffd-inline" and "signal" learn of touches by SIGSEGV and SIGBUS. The library's
+ *    handler is first, and gives signals that are not its own to the one that was installed
+ *    before hmm_mm_current(). A program that installs one later gets the library's signals until
+ *    the next migration, unless it was started with libhmm_preload.so. Threads that touch memory
+ *    which may be on a device do not block these signals.
  *  - fork() brings every page home first. In the child the address space of the parent is dead
  *    (-ENODEV); hmm_mm_current() opens one of the child's own.
  *  - The library stays loaded once it is: dlclose() does not unload it.
@@ -718,7 +725,8 @@ int hmm_last_errno(void);
  *  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
  *    help;
  *  - -ENOMEM;
- *  - -EBUSY.
+ *  - -EBUSY: another thread opens or closes it for more than 10 seconds;
+ *  - -EDEADLK: called from inside a callback of its closing.
  *
  * Context: any thread, but not inside a callback; may block.
  * Source: ours; stands for the kernel's current->mm with mmget().
@@ -736,8 +744,8 @@ struct mm_struct *hmm_mm_current(void);
  * @return 0, or:
  *  - -EINVAL: mm is no live handle;
  *  - -EDEADLK: called from inside a callback;
- *  - -EBUSY, -EIO: a device did not give its pages back (the reference is kept, nothing is lost,
- *    try again).
+ *  - -EBUSY, -EIO: a device did not give its pages back, or another thread opens or closes (the
+ *    reference is kept, nothing is lost, try again).
  *
  * Context: any thread, but not inside a callback; may block; calls release, fault and free
  * callbacks.

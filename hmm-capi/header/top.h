@@ -52,6 +52,13 @@
  *    They may call the functions whose Context says "callbacks included", and what their own
  *    description allows.
  *  - Any function may be called from any thread, except where it says otherwise.
+ *  - System calls on memory that may be on a device: see HMM_CAPABILITY_KERNEL_FAULTS and
+ *    hmm_guard().
+ *  - The engines "uffd-inline" and "signal" learn of touches by SIGSEGV and SIGBUS. The library's
+ *    handler is first, and gives signals that are not its own to the one that was installed
+ *    before hmm_mm_current(). A program that installs one later gets the library's signals until
+ *    the next migration, unless it was started with libhmm_preload.so. Threads that touch memory
+ *    which may be on a device do not block these signals.
  *  - fork() brings every page home first. In the child the address space of the parent is dead
  *    (-ENODEV); hmm_mm_current() opens one of the child's own.
  *  - The library stays loaded once it is: dlclose() does not unload it.

@@ -160,6 +160,14 @@ pub(crate) fn holds_write(mm: &Arc<MmHandle>) -> bool {
     lock(&TABLE).mine(mm).is_some_and(|hold| hold.kind == Kind::Write)
 }
 
+/// Whether the calling thread is inside a callback that got a vma: of device memory, or of a migration.
+pub(crate) fn in_callback() -> bool {
+    let thread = this_thread();
+    let table = lock(&TABLE);
+    let mut holds = table.entries[..table.used].iter();
+    holds.any(|hold| hold.thread == thread && hold.kind == Kind::Callback)
+}
+
 /// Releases a plain read lock on behalf of a call that reports "the lock was dropped". False when it must stay held:
 /// inside a callback, when it is held twice, or for writing.
 pub(crate) fn drop_read_lock(mm: &Arc<MmHandle>) -> bool {

@@ -9,11 +9,13 @@ pub use present::*;
 use crate::handle::{Opaque, Table, check_pointer, invalid, lock};
 use crate::ret::IntoC;
 use crate::{devmem, error, hold, mirror, tracking, vma};
-use hmm_core::{Mm, Result, VirtAddr};
+use hmm_core::limits::DEADLINE;
+use hmm_core::{Error, Mm, Result, VirtAddr};
 use std::ffi::{c_char, c_int, c_long, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 /// The address space of this process, as the library sees it: opaque.
 ///
@@ -35,8 +37,10 @@ pub(crate) struct MmHandle {
 
 static MMS: Table<Opaque, MmHandle, 64> =
     Table::new("not a live mm_struct of this library", "mm_struct handles (64)");
-/// Held while the first reference is made or the last one goes.
+/// Held while the first reference is made or the last one goes, which calls callbacks.
 static OPENING: Mutex<()> = Mutex::new(());
+/// The thread that holds it.
+static OPENER: AtomicUsize = AtomicUsize::new(0);
 /// Held for the moment in which a handle is looked for and made.
 static ADOPTING: Mutex<()> = Mutex::new(());
 
@@ -79,8 +83,47 @@ fn pin_tables(mm: &Mm) -> Result<()> {
     handles.into_iter().chain(threads).try_for_each(|pages| mm.pin_range(pages?))
 }
 
+/// `OPENING`, taken.
+struct Turn {
+    _taken: MutexGuard<'static, ()>,
+}
+
+impl Turn {
+    /// Waits for it, but not for itself, and not for ever: whoever has it may wait for a callback that wants it.
+    fn take() -> Result<Self> {
+        if OPENER.load(Ordering::Relaxed) == error::this_thread() {
+            let what =
+                "the address space is opened or closed from inside a callback of its closing";
+            return Err(Error::Deadlock { what });
+        }
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let taken = match OPENING.try_lock() {
+                Ok(taken) => taken,
+                Err(TryLockError::Poisoned(taken)) => taken.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let what = "another thread opens or closes the address space";
+                    return Err(Error::Busy { address: VirtAddr::new(0), what });
+                }
+            };
+            OPENER.store(error::this_thread(), Ordering::Relaxed);
+            return Ok(Self { _taken: taken });
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        OPENER.store(0, Ordering::Relaxed);
+    }
+}
+
 fn open() -> Result<*mut mm_struct> {
-    let _guard = lock(&OPENING);
+    let _turn = Turn::take()?;
     let core = Mm::current()?;
     let handle = adopt(&core)?;
     if handle.references.fetch_add(1, Ordering::Relaxed) == 0 {
@@ -90,7 +133,11 @@ fn open() -> Result<*mut mm_struct> {
 }
 
 fn put(mm: *mut mm_struct) -> Result<()> {
-    let _guard = lock(&OPENING);
+    if hold::in_callback() {
+        let what = "an address space cannot be closed from one of its callbacks";
+        return Err(Error::Deadlock { what });
+    }
+    let _turn = Turn::take()?;
     let handle = get(mm)?;
     let count = handle.references.load(Ordering::Relaxed);
     match count {
@@ -118,7 +165,8 @@ fn put(mm: *mut mm_struct) -> Result<()> {
 ///  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
 ///    help;
 ///  - -ENOMEM;
-///  - -EBUSY.
+///  - -EBUSY: another thread opens or closes it for more than 10 seconds;
+///  - -EDEADLK: called from inside a callback of its closing.
 ///
 /// Context: any thread, but not inside a callback; may block.
 /// Source: ours; stands for the kernel's current->mm with mmget().
@@ -137,8 +185,8 @@ pub extern "C" fn hmm_mm_current() -> *mut mm_struct {
 /// @return 0, or:
 ///  - -EINVAL: mm is no live handle;
 ///  - -EDEADLK: called from inside a callback;
-///  - -EBUSY, -EIO: a device did not give its pages back (the reference is kept, nothing is lost,
-///    try again).
+///  - -EBUSY, -EIO: a device did not give its pages back, or another thread opens or closes (the
+///    reference is kept, nothing is lost, try again).
 ///
 /// Context: any thread, but not inside a callback; may block; calls release, fault and free
 /// callbacks.

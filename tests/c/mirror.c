@@ -15,7 +15,7 @@ struct listener {
 	atomic_int calls, releases, inside;
 	atomic_ulong start, end;
 	atomic_bool slow, unregisters;
-	atomic_int unregister_errno;
+	atomic_int unregister_errno, put_errno, open_errno;
 };
 
 static void on_update(struct hmm_mirror *mirror, enum hmm_update_type type, unsigned long start, unsigned long end)
@@ -39,7 +39,12 @@ static void on_update(struct hmm_mirror *mirror, enum hmm_update_type type, unsi
 
 static void on_release(struct hmm_mirror *mirror)
 {
-	container_of(mirror, struct listener, mirror)->releases++;
+	struct listener *listener = container_of(mirror, struct listener, mirror);
+
+	listener->releases++;
+	/* Either would wait for the closing that this is a part of. */
+	listener->put_errno = hmm_mm_put(mm);
+	listener->open_errno = (int)PTR_ERR(hmm_mm_current());
 }
 
 static const struct hmm_mirror_ops ops = { .release = on_release, .sync_cpu_device_pagetables = on_update };
@@ -301,6 +306,8 @@ static void closing_releases_each_mirror_once(void)
 	CHECK_EQ(hmm_mm_put(mm), 0);
 	CHECK_EQ(first.releases, 1);
 	CHECK_EQ(second.releases, 1);
+	CHECK_EQ(first.put_errno, -EDEADLK);
+	CHECK_EQ(first.open_errno, -EDEADLK);
 	REFUSED(hmm_mm_sync(mm), EINVAL);
 	hmm_mirror_unregister(&first.mirror);
 	CHECK_EQ(hmm_last_errno(), 0);

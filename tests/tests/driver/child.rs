@@ -39,11 +39,44 @@ pub(crate) fn is_child() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
+/// Variables of a child's environment.
+pub(crate) type Variables = [(&'static str, &'static str)];
+
 /// Runs the named test of this binary in a child (where [`is_child`] is true), for at most `limit`.
 pub(crate) fn child_of(test: &str, limit: Duration) -> Ended {
+    child_with(test, limit, &[])
+}
+
+/// Runs the named test in a child once for each of several environments, which name engines, and lets `check` look at how
+/// each ended. Skipped when all of them are.
+pub(crate) fn on_each(
+    test: &str,
+    limit: Duration,
+    environments: &[&Variables],
+    check: impl Fn(&Ended),
+) {
+    let mut skipped = Vec::new();
+    for variables in environments {
+        let ended = child_with(test, limit, variables);
+        match ended.skipped() {
+            Some(reason) => skipped.push(format!("{variables:?}: {reason}")),
+            None => {
+                eprintln!("{variables:?}: {ended:?}");
+                check(&ended);
+            }
+        }
+    }
+    if skipped.len() == environments.len() {
+        eprintln!("skipped: {}", skipped.join("; "));
+    }
+}
+
+/// As [`child_of`], with variables of the environment.
+pub(crate) fn child_with(test: &str, limit: Duration, variables: &Variables) -> Ended {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads", "1"])
         .env(MARK, "1")
+        .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

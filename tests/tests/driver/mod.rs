@@ -7,14 +7,14 @@
 mod child;
 
 #[allow(unused_imports, reason = "each test uses a part")]
-pub(crate) use child::{Ended, child_of, is_child};
+pub(crate) use child::{Ended, Variables, child_of, child_with, is_child, on_each};
 
 use hmm_core::{
-    AddrRange, CpuFault, Devmem, DevmemOps, Error, FaultError, MigrateBatch, MigrateFlags,
+    AddrRange, CpuFault, Devmem, DevmemOps, Error, FaultError, FaultFlags, MigrateBatch, MigrateFlags,
     MigrateOps, MigratePfn, MigrateRequest, Mm, OwnerId, PAGE_SIZE, Pfn, Residency, Select,
 };
 use hmm_tests::Region;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,12 @@ pub(crate) struct Driver {
     pub(crate) lost: Mutex<Option<u64>>,
     /// `alloc_and_copy` names no destination.
     pub(crate) refuses: AtomicBool,
+    /// `fault` may run in the thread that touched the page, in a signal handler.
+    pub(crate) signal_safe: AtomicBool,
+    /// Calls of `fault` for a write.
+    pub(crate) writes: AtomicUsize,
+    /// Kernel id of the thread that ran `fault` last.
+    pub(crate) answered_by: AtomicI32,
     /// Runs in `fault`, before anything else.
     pub(crate) on_fault: Mutex<Option<Hook>>,
     /// Runs in `alloc_and_copy`, after the copy.
@@ -88,6 +94,9 @@ impl DevmemOps for Driver {
 
     fn fault(&self, _: &Devmem, fault: &CpuFault<'_>) -> Result<(), FaultError> {
         self.faults.fetch_add(1, Ordering::SeqCst);
+        let is_write = fault.flags.contains(FaultFlags::WRITE);
+        self.writes.fetch_add(usize::from(is_write), Ordering::SeqCst);
+        self.answered_by.store(thread_id(), Ordering::SeqCst);
         run(&self.on_fault);
         if *self.lost.lock().unwrap() == Some(fault.addr.get()) {
             return Err(FaultError::SigBus);
@@ -103,6 +112,16 @@ impl DevmemOps for Driver {
         let done = fault.mm.migrate(&request, &mut ops, &mut src, &mut dst);
         done.map_err(|_| FaultError::OutOfMemory)
     }
+
+    fn is_signal_safe(&self) -> bool {
+        self.signal_safe.load(Ordering::SeqCst)
+    }
+}
+
+/// The calling thread's kernel id.
+pub(crate) fn thread_id() -> i32 {
+    // SAFETY: asks for a number.
+    unsafe { libc::gettid() }
 }
 
 /// Copies pages to the device, or from it.
@@ -170,6 +189,9 @@ impl Card {
             double_frees: AtomicUsize::new(0),
             lost: Mutex::new(None),
             refuses: AtomicBool::new(false),
+            signal_safe: AtomicBool::new(false),
+            writes: AtomicUsize::new(0),
+            answered_by: AtomicI32::new(0),
             on_fault: Mutex::new(None),
             on_copy: Mutex::new(None),
         });

@@ -100,7 +100,12 @@ impl Service {
     pub(super) fn start(&self, sink: Arc<dyn FaultSink>, trap: Option<Shared<Trap>>) -> Result<()> {
         *self.shared.sink.write() = Some(sink);
         let mut threads = self.shared.threads.lock();
-        for (number, cpu) in threads::usable_cpus().into_iter().take(THREADS - 1).enumerate() {
+        let mut cpus = threads::usable_cpus();
+        if let [only] = cpus[..] {
+            // A second one answers when a callback on the first touches what is away.
+            cpus.push(only);
+        }
+        for (number, cpu) in cpus.into_iter().take(THREADS - 1).enumerate() {
             let shared = self.shared.clone();
             let spawned = std::thread::Builder::new()
                 .name(format!("hmm-uffd/{cpu}"))
