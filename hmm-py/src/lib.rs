@@ -9,6 +9,7 @@
 mod counters;
 mod doctor;
 mod error;
+mod guard;
 mod kernel;
 mod memory;
 mod mm;
@@ -27,6 +28,8 @@ mod _native {
     use crate::doctor::run_command;
     #[pymodule_export]
     use crate::error::Error;
+    #[pymodule_export]
+    use crate::guard::Guard;
     #[pymodule_export]
     use crate::mm::{Mm, current};
     #[pymodule_export]

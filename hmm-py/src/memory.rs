@@ -91,6 +91,11 @@ impl Memory {
         self.bytes
     }
 
+    /// Whether its exporter forbids writing. A bare address range says nothing of it.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// Elements of 8 bytes.
     pub(crate) fn count(&self) -> u64 {
         self.bytes / ELEMENT_BYTES as u64

@@ -2,6 +2,7 @@
 
 use crate::counters;
 use crate::error::detached;
+use crate::guard::Guard;
 use crate::memory::Memory;
 use crate::pin::Pin;
 use crate::registry;
@@ -56,13 +57,21 @@ pub(crate) fn current(py: Python<'_>) -> PyResult<Mm> {
 
 #[pymethods]
 impl Mm {
-    /// How CPU mappings are changed here: `"uffd"`.
+    /// How CPU mappings are changed here: `"uffd"`, `"uffd-inline"` or `"signal"`.
     #[getter]
     fn engine(&self) -> &'static str {
         self.inner.engine_name()
     }
 
-    /// What the engine can do, as names: `"MISSING_FAULTS"`, `"MOVE"`, `"KERNEL_FAULTS"`, `"POISON"`, `"EVENTS"`.
+    /// What the engine can do, as names:
+    ///
+    /// - `"MISSING_FAULTS"`: touches of memory that is on a device bring it home. Every engine has it.
+    /// - `"MOVE"`: contents move without a copy. Where it is missing, migration is slower.
+    /// - `"KERNEL_FAULTS"`: system calls on such memory wait for it. Where it is missing, `write`, `readinto` and the like
+    ///   fail with `EFAULT`, or stop short: wrap them in `with hmm.guard(memory):`.
+    /// - `"POISON"`: a touch of memory that a device lost raises SIGBUS. Every engine has it.
+    /// - `"EVENTS"`: changes of mappings (a `mmap` object closed, an array freed) are noticed as they are made. Where it
+    ///   is missing, those of memory on a device are noticed at the next look, the others not at all.
     #[getter]
     fn capabilities(&self) -> Vec<&'static str> {
         self.inner.capabilities().iter_names().map(|(name, _)| name).collect()
@@ -97,6 +106,17 @@ impl Mm {
             Some(range) => self.inner.make_present(range, write),
             None => Ok(0),
         })
+    }
+
+    /// Keeps the memory present for system calls until the `Guard` that is returned goes: brings it home, populates it,
+    /// and lets none of it migrate. With `write` for calls that write to it, such as `readinto`; a read-only buffer is
+    /// made present for reading in either case. Works on every engine; see `capabilities` for where it is needed.
+    ///
+    /// Raises `hmm.Error`: `EFAULT` where nothing is mapped, `EPERM` where the protection forbids the access, `ENOMEM`
+    /// with too many guards and pins, `EBUSY` when a page does not come home in time, `EIO` when a device lost one.
+    #[pyo3(signature = (memory, *, write = true))]
+    fn guard(&self, py: Python<'_>, memory: Memory, write: bool) -> PyResult<Guard> {
+        Guard::new(py, &self.inner, memory, write)
     }
 
     /// Brings the memory home and keeps it there until the `Pin` that is returned goes.

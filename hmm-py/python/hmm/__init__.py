@@ -14,13 +14,19 @@ it lies; it leaves the CPU's page table, and comes home when the CPU touches it:
 Memory is named by an object with a C-contiguous buffer, or by ``(address, nbytes)``. Whole pages move, so what shares
 a page with an array moves along; that changes nothing but speed. Calls that wait release the GIL. A call that fails
 raises `Error`, an `OSError` with its ``errno``.
+
+Where the engine lacks ``KERNEL_FAULTS`` (see `Mm.capabilities`), system calls on memory that is on a device are wrapped
+in a guard::
+
+    with hmm.guard(x):
+        file.readinto(x)
 """
 
 import atexit as _atexit
 from typing import TYPE_CHECKING
 
 from . import _native
-from ._native import PAGE_SIZE, Error, Mm, Pin, SoftDevice, current
+from ._native import PAGE_SIZE, Error, Guard, Mm, Pin, SoftDevice, current
 from ._residency import MAP_LEGEND, Residency
 from ._residency import draw as _draw
 
@@ -31,12 +37,14 @@ __all__ = [
     "MAP_LEGEND",
     "PAGE_SIZE",
     "Error",
+    "Guard",
     "Mm",
     "Pin",
     "Residency",
     "SoftDevice",
     "counters",
     "current",
+    "guard",
     "make_present",
     "pin",
     "residency",
@@ -68,6 +76,11 @@ def residency_map(memory: "_Memory", width: int = 64) -> str:
 def make_present(memory: "_Memory", *, write: bool = False) -> int:
     """Brings the memory home and populates it, so that the next touches do not fault (see `Mm.make_present`)."""
     return current().make_present(memory, write=write)
+
+
+def guard(memory: "_Memory", *, write: bool = True) -> Guard:
+    """Keeps the memory present for system calls in a ``with`` block (see `Mm.guard`)."""
+    return current().guard(memory, write=write)
 
 
 def pin(memory: "_Memory") -> Pin:

@@ -10,8 +10,9 @@ mod child;
 pub(crate) use child::{Ended, Variables, child_of, child_with, is_child, on_each};
 
 use hmm_core::{
-    AddrRange, CpuFault, Devmem, DevmemOps, Error, FaultError, FaultFlags, MigrateBatch, MigrateFlags,
-    MigrateOps, MigratePfn, MigrateRequest, Mm, OwnerId, PAGE_SIZE, Pfn, Residency, Select,
+    AddrRange, CpuFault, Devmem, DevmemOps, Error, FaultError, FaultFlags, MigrateBatch,
+    MigrateFlags, MigrateOps, MigratePfn, MigrateRequest, Mm, OwnerId, PAGE_SIZE, Pfn, Residency,
+    Select,
 };
 use hmm_tests::Region;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};

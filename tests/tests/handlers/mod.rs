@@ -164,12 +164,7 @@ fn set_of(signals: &[i32]) -> libc::sigset_t {
 }
 
 /// Installs an action; returns the one before.
-pub(crate) fn install(
-    signal: i32,
-    handler: usize,
-    flags: i32,
-    mask: &[i32],
-) -> libc::sigaction {
+pub(crate) fn install(signal: i32, handler: usize, flags: i32, mask: &[i32]) -> libc::sigaction {
     // SAFETY: all fields of an action may be zero.
     let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
     (new.sa_sigaction, new.sa_flags, new.sa_mask) = (handler, flags, set_of(mask));

@@ -65,9 +65,9 @@ impl Presence {
         }
     }
 
-    /// Whether pages in swap are told from holes.
+    /// Whether pages in swap are told from holes. Without `/proc/self/pagemap`: there is no swap.
     pub(in crate::engine) fn tells_swap(&self) -> bool {
-        self.pagemap.is_some()
+        self.pagemap.is_some() || rustix::system::sysinfo().totalswap == 0
     }
 
     /// Runs of equal state that together cover the range. The older ways cannot tell the zero page from others.

@@ -217,11 +217,12 @@ impl Protector {
                 self.suspect(part);
                 return stopped(done, Stop::Retry);
             }
-            if memory::drop_pages(part).is_err() {
+            let dropped = match &self.memory {
+                Some(memory) => memory::drop_pages(part).map(|()| self.mark(memory, state, part)),
+                None => replace_by_marks(part).map(|()| state.marked.insert_pages(part)),
+            };
+            if dropped.is_err() {
                 return stopped(done, Stop::Refused);
-            }
-            if let Some(memory) = &self.memory {
-                self.mark(memory, state, part);
             }
             done += part.pages();
         }
@@ -394,6 +395,31 @@ impl Protector {
         // SAFETY: the advice changes no contents. A kernel without huge pages refuses it, and needs it not.
         let _ =
             unsafe { rustix::mm::madvise(start, range.len() as usize, Advice::LinuxNoHugepage) };
+    }
+}
+
+/// Moves inaccessible pages of zeros into the place of inaccessible pages, at once: what those had is dropped, and each
+/// is marked.
+fn replace_by_marks(part: AddrRange) -> std::result::Result<(), Errno> {
+    let len = part.len() as usize;
+    let (access, flags) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::PRIVATE);
+    // SAFETY: the new mapping replaces nothing, is only read, and then takes the place of pages that the engine owns.
+    unsafe {
+        let marks = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, access, flags)?;
+        let start = VirtAddr::from_ptr(marks.cast_const()).get();
+        let range = AddrRange::from_bounds(start, start + part.len());
+        Protector::keep_small(range);
+        let moved = memory::populate(range, false)
+            .map_err(|_| Errno::NOMEM)
+            .and_then(|()| rustix::mm::mprotect(marks, len, MprotectFlags::empty()))
+            .and_then(|()| {
+                let target = part.start().as_ptr().cast();
+                rustix::mm::mremap_fixed(marks, len, len, MremapFlags::MAYMOVE, target)
+            });
+        if moved.is_err() {
+            let _ = rustix::mm::munmap(marks, len);
+        }
+        moved.map(drop)
     }
 }
 
