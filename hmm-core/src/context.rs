@@ -83,6 +83,17 @@ fn wished() -> Result<(Vec<EngineKind>, bool)> {
     Err(Error::Unsupported { what })
 }
 
+/// Under Valgrind, registers are wrong after a signal handler unless it is told to keep them: nobody gets that unasked.
+fn may_choose(kind: EngineKind, forced: bool) -> Result<()> {
+    if kind == EngineKind::Signal && !forced && crate::engine::under_valgrind() {
+        let what = "under Valgrind use the model engine (Mm::with_engine), or HMM_ENGINE=signal together with Valgrind's \
+                    option --px-default=allregs-at-mem-access"
+            .into();
+        return Err(Error::Unsupported { what });
+    }
+    Ok(())
+}
+
 /// Opens the best engine that works here, or the one that `HMM_ENGINE` names.
 ///
 /// # Errors
@@ -91,7 +102,7 @@ pub fn open_engine() -> Result<(Arc<dyn Engine>, Choice)> {
     let (kinds, forced) = wished()?;
     let mut refused = Vec::new();
     for kind in kinds {
-        match kind.open() {
+        match may_choose(kind, forced).and_then(|()| kind.open()) {
             Ok(engine) => return Ok((engine, Choice { engine: kind, forced, refused })),
             Err(why) => refused.push((kind, why)),
         }

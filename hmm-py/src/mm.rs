@@ -71,7 +71,7 @@ impl Mm {
     ///   fail with `EFAULT`, or stop short: wrap them in `with hmm.guard(memory):`.
     /// - `"POISON"`: a touch of memory that a device lost raises SIGBUS. Every engine has it.
     /// - `"EVENTS"`: changes of mappings (a `mmap` object closed, an array freed) are noticed as they are made. Where it
-    ///   is missing, those of memory on a device are noticed at the next look, the others not at all.
+    ///   is missing, those of memory on a device are noticed at the next touch or call (`sync`), the others not at all.
     #[getter]
     fn capabilities(&self) -> Vec<&'static str> {
         self.inner.capabilities().iter_names().map(|(name, _)| name).collect()
@@ -81,6 +81,13 @@ impl Mm {
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let values = py.detach(|| self.inner.counters());
         counters::of_mm(py, &values)
+    }
+
+    /// Waits until changes of mappings (a `mmap` object closed, an array freed) that were made before this call are
+    /// applied: the device pages of what is gone are free then. Without the capability `"EVENTS"` this is where they are
+    /// looked for.
+    fn sync(&self, py: Python<'_>) {
+        py.detach(|| self.inner.sync());
     }
 
     /// Where each page of the memory is: one `hmm.Residency` value a byte.

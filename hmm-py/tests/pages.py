@@ -1,12 +1,15 @@
 """What the kernel says about the pages of an object, and helpers to make memory."""
 
+import mmap
 import os
 import time
 
 import hmm
 import numpy as np
+import pytest
 
-PRESENT = 1 << 63
+# Present, and of this mapping alone: the zero page, which stands for pages that are away on some engines, is not.
+PRESENT = 1 << 63 | 1 << 56
 
 
 def address_of(array: np.ndarray) -> int:
@@ -22,12 +25,23 @@ def page_aligned(count: int, dtype: str = "float64") -> np.ndarray:
 
 
 def present_pages(array: np.ndarray) -> int:
-    """How many of the array's pages the CPU's page table maps (/proc/self/pagemap)."""
+    """How many of the array's pages have memory in the CPU's page table (/proc/self/pagemap)."""
     first = address_of(array) // hmm.PAGE_SIZE
     last = (address_of(array) + array.nbytes - 1) // hmm.PAGE_SIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         entries = os.pread(pagemap.fileno(), 8 * (last - first + 1), 8 * first)
-    return int(np.count_nonzero(np.frombuffer(entries, "uint64") & PRESENT))
+    return int(np.count_nonzero(np.frombuffer(entries, "uint64") & PRESENT == PRESENT))
+
+
+def private(size: int) -> mmap.mmap:
+    """Fresh memory that can migrate."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def needs(capability: str) -> None:
+    """Skips a test that is about what the engine lacks."""
+    if capability not in hmm.current().capabilities:
+        pytest.skip(f"the engine lacks {capability}")
 
 
 def on_device(memory: object) -> int:

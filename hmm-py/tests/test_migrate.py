@@ -4,22 +4,15 @@ import array
 import ctypes
 import mmap
 import os
-import time
-from collections.abc import Callable
-
 import hmm
 import numpy as np
 import pytest
-from pages import address_of, on_device, page_aligned, present_pages, send
+from pages import address_of, needs, on_device, page_aligned, present_pages, private, send
 
 pytestmark = pytest.mark.isolated(60)
 
 MIB = 1 << 20
 PAGE = hmm.PAGE_SIZE
-
-
-def private(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def test_pages_leave_the_page_table_and_come_home_by_a_touch():
@@ -205,8 +198,7 @@ def test_a_pin_keeps_its_buffer():
 
 
 def test_system_calls_on_migrated_memory(tmp_path):
-    if "KERNEL_FAULTS" not in hmm.current().capabilities:
-        pytest.fail("this engine does not serve system calls on absent pages")
+    needs("KERNEL_FAULTS")
     data = np.random.default_rng(1).integers(0, 256, 64 * PAGE, "uint8")
     path = tmp_path / "data"
     with hmm.SoftDevice() as device:
@@ -236,7 +228,8 @@ def test_unmapped_memory_frees_its_device_pages():
             fresh = private(4 * MIB)
             assert not any(fresh[::PAGE]), "stale device data in a new mapping"
             fresh.close()
-        assert_soon(lambda: hmm.counters()["device_pages"] == 0)
+        hmm.current().sync()
+        assert hmm.counters()["device_pages"] == 0
 
 
 def test_freed_arrays_leave_no_data_behind():
@@ -247,13 +240,6 @@ def test_freed_arrays_leave_no_data_behind():
             assert device.sum(x) == value * len(x)
             del x
             assert not np.zeros(MIB // 2).any()
-
-
-def assert_soon(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_shared_memory_stays_and_the_device_works_on_it_in_place():

@@ -66,11 +66,12 @@ fn use_alternate_stack(bytes: usize) {
     assert_eq!(unsafe { libc::sigaltstack(&stack, ptr::null_mut()) }, 0, "{bytes} bytes");
 }
 
-/// Calls itself until so many bytes of the stack are in use, and looks from there.
+/// Calls itself until so many bytes of the stack below `top` are in use, and looks from there.
 #[inline(never)]
-fn from_below(bytes: usize, look: &dyn Fn() -> bool) -> bool {
-    let frame = black_box([0_u8; 1024]);
-    let found = if bytes > 1024 { from_below(bytes - 1024, look) } else { look() };
+fn from_below(top: usize, bytes: usize, look: &dyn Fn() -> bool) -> bool {
+    let frame = black_box([0_u8; 512]);
+    let is_deep = ptr::from_ref(&frame).addr() + bytes < top;
+    let found = if is_deep { look() } else { from_below(top, bytes, look) };
     found && black_box(frame[9]) == 0
 }
 
@@ -79,9 +80,13 @@ fn touch_on(stack: usize, depth: usize, card: &Card, region: &Region) {
     std::thread::scope(|scope| {
         let touch = || {
             use_alternate_stack(stack);
+            let top = ptr::from_ref(&stack).addr();
             for _ in 0..10 {
                 assert_eq!(card.all_to_device(region.range()), region.pages());
-                assert!(from_below(depth, &|| is_whole(region)), "stack {stack}, depth {depth}");
+                assert!(
+                    from_below(top, depth, &|| is_whole(region)),
+                    "stack {stack}, depth {depth}"
+                );
             }
             use_alternate_stack(0);
         };
@@ -99,8 +104,17 @@ fn touches_are_answered_on_any_stack() {
     let (card, region) = (Card::new(&mm, 8), filled(8));
     for is_safe in [false, true] {
         card.driver.signal_safe.store(is_safe, Ordering::SeqCst);
-        for stack in [0, 32 << 10, 8 << 10, smallest_stack() + 2048] {
+        for stack in [
+            0,
+            32 << 10,
+            8 << 10,
+            smallest_stack() + 4096,
+            smallest_stack() + 3072,
+            smallest_stack() + 2048,
+            smallest_stack() + 1024,
+        ] {
             for depth in [0, 100 << 10, 200 << 10] {
+                eprintln!("safe {is_safe} stack {stack} depth {depth}");
                 touch_on(stack, depth, &card, &region);
             }
         }
@@ -307,10 +321,10 @@ fn reads_are_told_from_writes() {
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 1), filled(1));
     let touches: [(&dyn Fn(), usize); 4] = [
-        (&|| _ = region.word(3).load(Ordering::Relaxed), 0),
+        (&|| _ = black_box(region.word(3).load(Ordering::Relaxed)), 0),
         (&|| region.word(3).store(3, Ordering::Relaxed), 1),
-        (&|| _ = region.word(3).fetch_or(3, Ordering::Relaxed), 1),
-        (&|| region.read(9, &mut [0; 100]), 0),
+        (&|| _ = region.word(3).fetch_add(0, Ordering::Relaxed), 1),
+        (&|| region.read(9, black_box(&mut [0; 100])), 0),
     ];
     for is_safe in [false, true] {
         card.driver.signal_safe.store(is_safe, Ordering::SeqCst);

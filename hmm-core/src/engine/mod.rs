@@ -18,6 +18,12 @@ use crate::flags::{Capabilities, Protection};
 use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::sync::Arc;
 
+/// Whether Valgrind runs this process: it loads a library of its own first.
+pub(crate) fn under_valgrind() -> bool {
+    let preloaded = std::env::var_os("LD_PRELOAD").unwrap_or_default();
+    preloaded.to_string_lossy().contains("vgpreload")
+}
+
 /// What kind of memory a vma maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmaKind {

@@ -150,8 +150,7 @@ fn refused(call: &'static str, errno: Errno) -> Error {
 
 /// Under Valgrind the first fault would hang: the toucher sleeps in the kernel with Valgrind's big lock held.
 fn refuse_valgrind() -> Result<()> {
-    let preloaded = std::env::var_os("LD_PRELOAD").unwrap_or_default();
-    if preloaded.to_string_lossy().contains("vgpreload") {
+    if crate::engine::under_valgrind() {
         let what = "userfaultfd does not work under Valgrind".into();
         return Err(Error::Unsupported { what });
     }
