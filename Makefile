@@ -28,6 +28,7 @@ demo: examples python
 	$(VENV)/bin/python examples/python/oversubscribe.py
 
 test: examples python
+	$(XTASK) matrix --quick
 	$(XTASK) test
 
 check:

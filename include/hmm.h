@@ -203,7 +203,8 @@ enum hmm_pfn_value_e {
  * System calls on absent pages wait for them, as touches do. Where it is missing, read(2),
  * write(2), futex(2) and all others fail with EFAULT, or stop short, at a page that is on a
  * device. Keep their buffers present with hmm_guard(), or start the program with
- * libhmm_preload.so, which does that for the usual ones.
+ * libhmm_preload.so, which does that for the usual ones. The buffers of stdio lie in the heap:
+ * if that migrates, setvbuf() gives them another place.
  */
 #define HMM_CAPABILITY_KERNEL_FAULTS (1 << 2)
 /** A touch of a page that a device lost gets SIGBUS. Every engine of this version has it. */
@@ -221,6 +222,12 @@ enum hmm_pfn_value_e {
  * Migration, and what the CPU's touches do, is told to mirrors on every engine.
  */
 #define HMM_CAPABILITY_EVENTS (1 << 4)
+/**
+ * Private mappings of files migrate as anonymous memory does. Where it is missing, they are
+ * mirrored, and stay where they are. System calls on pages of them that are on a device fail on
+ * every engine, as is told at HMM_CAPABILITY_KERNEL_FAULTS.
+ */
+#define HMM_CAPABILITY_PRIVATE_FILES (1 << 5)
 
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */

@@ -409,6 +409,7 @@ static int driver_open(struct driver *driver)
 	ret = PTR_ERR(driver->devmem);
 	if (IS_ERR(driver->devmem))
 		goto put_device;
+	hmm_devmem_set_signal_safe(driver->devmem, true);	/* as the three rules at the top are kept */
 	driver->mirror.ops = &driver_mirror_ops;
 	ret = hmm_mirror_register(&driver->mirror, driver->mm);
 	if (!ret)

@@ -15,7 +15,7 @@ int main(void)
 	for (size_t i = 0; i < count; i++)
 		numbers[i] = 1;
 
-	printf("%ld pages moved to the device\n",
+	printf("engine %s: %ld pages moved to the device\n", hmm_mm_engine(mm),
 	       hmm_soft_migrate(device, numbers, count * sizeof(*numbers)));
 	hmm_soft_sum_u64(device, numbers, count, &sum); /* by the CPU's own pointer */
 

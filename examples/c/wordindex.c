@@ -337,6 +337,7 @@ static void use_together(struct mm_struct *mm, struct hmm_soft_device *device, c
 
 int main(int argc, char **argv)
 {
+	static char output[BUFSIZ];
 	struct index index = { 0 };
 	struct hmm_soft_config config = { .size = sizeof(config), .memory_bytes = 256u << 20, .threads = 1 };
 	struct mm_struct *mm;
@@ -345,6 +346,8 @@ int main(int argc, char **argv)
 	long moved;
 	double start;
 
+	/* What write(2) reads from must not migrate with the heap: not every engine can make the kernel wait for it. */
+	setvbuf(stdout, output, _IOLBF, sizeof(output));
 	for (int i = 1; i < argc; i++)
 		if (add_file(argv[i]))
 			perror(argv[i]);

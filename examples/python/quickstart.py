@@ -7,7 +7,7 @@ x = np.arange(1 << 20, dtype=np.float64)
 y = np.ones_like(x)
 
 with hmm.SoftDevice(memory=32 << 20) as device:
-    print(f"{device.migrate(x)} pages of x moved to the device")
+    print(f"engine {hmm.current().engine}: {device.migrate(x)} pages of x moved to the device")
     print("x", hmm.residency_map(x))
 
     device.axpy(2.0, x, y)  # y += 2 * x, by the array's own addresses

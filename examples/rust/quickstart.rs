@@ -11,7 +11,7 @@ fn main() -> hmm_core::Result<()> {
     let mut numbers = vec![1_u64; 1 << 20];
     let address = VirtAddr::from_ptr(numbers.as_ptr()).get();
     let moved = device.migrate(AddrRange::covering(address, 8 << 20)?)?;
-    println!("{moved} pages moved to the device");
+    println!("engine {}: {moved} pages moved to the device", mm.engine_name());
 
     // The device works through the vector's own address.
     let sum = device.run(Kernel::SumU64 { src: address, count: 1 << 20 })?;

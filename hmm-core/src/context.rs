@@ -1,6 +1,7 @@
 //! The composition root: which engine runs, and the mm of this process.
 
 use crate::engine::Engine;
+use crate::engine::mixed::MixedEngine;
 use crate::engine::signal::SignalEngine;
 use crate::engine::uffd::UffdEngine;
 use crate::error::{Error, Result};
@@ -38,8 +39,8 @@ impl EngineKind {
     /// `Unsupported` with the reason, and what would help.
     pub fn open(self) -> Result<Arc<dyn Engine>> {
         Ok(match self {
-            Self::Uffd => Arc::new(UffdEngine::open()?),
-            Self::UffdInline => Arc::new(UffdEngine::open_inline()?),
+            Self::Uffd => MixedEngine::open(UffdEngine::open()?),
+            Self::UffdInline => MixedEngine::open(UffdEngine::open_inline()?),
             Self::Signal => Arc::new(SignalEngine::open()?),
         })
     }

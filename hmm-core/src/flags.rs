@@ -75,7 +75,8 @@ bitflags! {
     pub struct Capabilities: u32 {
         /// CPU faults on absent pages are answered (every engine that migrates).
         const MISSING_FAULTS = 1 << 0;
-        /// Contents move without a copy.
+        /// Contents move without a copy, each page in one step: what the program unmaps or moves at the same time comes
+        /// out right. Without it, nothing may be unmapped, moved or replaced while it migrates.
         const MOVE = 1 << 1;
         /// System calls on absent pages wait for the page instead of failing with `EFAULT`.
         const KERNEL_FAULTS = 1 << 2;
@@ -83,6 +84,8 @@ bitflags! {
         const POISON = 1 << 3;
         /// Layout changes are reported as they are made (events).
         const EVENTS = 1 << 4;
+        /// Private file mappings migrate, too (system calls on their absent pages fail with `EFAULT`).
+        const PRIVATE_FILES = 1 << 5;
     }
 }
 

@@ -19,6 +19,8 @@ pub const RESTING_BLOCKS: usize = 2;
 pub const NOTIFIERS: usize = 4096;
 /// Pinned ranges of one mm.
 pub const PINS: usize = 4096;
+/// Pieces of memory that one mm answers inline beside a blocking userfaultfd (`Mm::inline_range`).
+pub const INLINE_RANGES: usize = 4096;
 /// Layout changes that may be unfinished at once.
 pub const MAP_TICKETS: usize = 256;
 /// Events read from the kernel at once.

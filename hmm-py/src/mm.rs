@@ -72,6 +72,8 @@ impl Mm {
     /// - `"POISON"`: a touch of memory that a device lost raises SIGBUS. Every engine has it.
     /// - `"EVENTS"`: changes of mappings (a `mmap` object closed, an array freed) are noticed as they are made. Where it
     ///   is missing, those of memory on a device are noticed at the next touch or call (`sync`), the others not at all.
+    /// - `"PRIVATE_FILES"`: private mappings of files (`numpy.memmap` in mode `"c"`) migrate, too. Where it is missing they
+    ///   stay. System calls on such memory on a device need a guard on every engine.
     #[getter]
     fn capabilities(&self) -> Vec<&'static str> {
         self.inner.capabilities().iter_names().map(|(name, _)| name).collect()

@@ -57,7 +57,7 @@ def test_without_a_guard_the_engine_fails_as_its_capabilities_say(tmp_path):
 
 def test_guarded_memory_stays_home():
     x = filled()
-    with hmm.SoftDevice() as device:
+    with hmm.SoftDevice(fault_around=1) as device:
         send(device, x)
         with hmm.guard(x[PAGE - 1 : PAGE + 1]) as guard:
             assert "hmm.Guard" in repr(guard)
@@ -176,7 +176,7 @@ def test_guards_hold_while_others_migrate(tmp_path):
 def test_the_engine_says_what_it_can_do():
     mm = hmm.current()
     can = set(mm.capabilities)
-    assert can <= {"MISSING_FAULTS", "MOVE", "KERNEL_FAULTS", "POISON", "EVENTS"}
+    assert can <= {"MISSING_FAULTS", "MOVE", "KERNEL_FAULTS", "POISON", "EVENTS", "PRIVATE_FILES"}
     assert mm.engine in ("uffd", "uffd-inline", "signal") and mm.engine in repr(mm)
     assert ("KERNEL_FAULTS" in can) == (mm.engine == "uffd")
     assert ("EVENTS" in can) == (mm.engine != "signal")

@@ -43,9 +43,11 @@ macro_rules! needs {
 
 /// Why the engine of an mm cannot show what needs a capability; `None` when it can.
 pub fn lack(mm: &Mm, capability: Capabilities) -> Option<String> {
-    const MEANINGS: [(Capabilities, &str); 2] = [
+    const MEANINGS: [(Capabilities, &str); 4] = [
+        (Capabilities::MOVE, "what is unmapped or moved while it migrates may be lost"),
         (Capabilities::KERNEL_FAULTS, "system calls on absent pages fail"),
         (Capabilities::EVENTS, "layout changes are not reported"),
+        (Capabilities::PRIVATE_FILES, "private file mappings stay"),
     ];
     if mm.capabilities().contains(capability) {
         return None;

@@ -221,6 +221,7 @@ fn change_one_slot(addr: u64, spare: u64, pages: usize, rounds: u64, stop: &Atom
 fn stress_of_layout_changes_loses_and_keeps_exactly_what_it_should() {
     let mm = mm_or_skip!();
     needs!(mm, EVENTS);
+    needs!(mm, MOVE);
     const SLOTS: usize = 8;
     const SLOT: usize = 96;
     let long = std::env::var("HMM_STRESS").as_deref() == Ok("long");

@@ -104,17 +104,8 @@ fn touches_are_answered_on_any_stack() {
     let (card, region) = (Card::new(&mm, 8), filled(8));
     for is_safe in [false, true] {
         card.driver.signal_safe.store(is_safe, Ordering::SeqCst);
-        for stack in [
-            0,
-            32 << 10,
-            8 << 10,
-            smallest_stack() + 4096,
-            smallest_stack() + 3072,
-            smallest_stack() + 2048,
-            smallest_stack() + 1024,
-        ] {
+        for stack in [0, 32 << 10, 8 << 10, smallest_stack() + 1024] {
             for depth in [0, 100 << 10, 200 << 10] {
-                eprintln!("safe {is_safe} stack {stack} depth {depth}");
                 touch_on(stack, depth, &card, &region);
             }
         }
@@ -323,7 +314,7 @@ fn reads_are_told_from_writes() {
     let touches: [(&dyn Fn(), usize); 4] = [
         (&|| _ = black_box(region.word(3).load(Ordering::Relaxed)), 0),
         (&|| region.word(3).store(3, Ordering::Relaxed), 1),
-        (&|| _ = region.word(3).fetch_add(0, Ordering::Relaxed), 1),
+        (&|| _ = black_box(region.word(3).swap(3, Ordering::Relaxed)), 1),
         (&|| region.read(9, black_box(&mut [0; 100])), 0),
     ];
     for is_safe in [false, true] {
@@ -362,6 +353,34 @@ fn a_device_that_is_not_signal_safe_is_asked_by_another_thread() {
         }
     }
     assert_eq!(mm.counters().self_faults, 0);
+}
+
+/// It should not, but must not ruin anybody: the toucher's own frames lie on its alternate stack meanwhile.
+#[test]
+fn a_fault_callback_that_faults_itself_harms_nobody() {
+    if !is_child() {
+        let test = "a_fault_callback_that_faults_itself_harms_nobody";
+        return on_each(test, LIMIT, &[INLINE, SIGNAL], well);
+    }
+    let mm = mm_or_skip!();
+    let (card, region, others) = (Card::new(&mm, 8), filled(4), Arc::new(filled(4)));
+    card.driver.signal_safe.store(true, Ordering::SeqCst);
+    let (needed, next) = (Arc::clone(&others), AtomicUsize::new(0));
+    card.when_faulting(move || {
+        let page = next.fetch_add(1, Ordering::SeqCst);
+        if page < 4 {
+            let word = page * WORDS + 1;
+            assert_eq!(needed.word(word).load(Ordering::Relaxed), word as u64);
+        }
+    });
+    assert_eq!(card.all_to_device(region.range()), 4);
+    assert_eq!(card.all_to_device(others.range()), 4);
+    for page in 0..4 {
+        let word = page * WORDS + 1;
+        assert_eq!(region.word(word).load(Ordering::Relaxed), word as u64);
+    }
+    assert!(is_whole(&region) && is_whole(&others));
+    assert!(card.settles_at(0));
 }
 
 /// How a child that was just made ends: its exit code, or minus the signal.

@@ -44,6 +44,11 @@ const ROOMS: &[Room] = &[
     Room { modules: &["engine::trap"], may_use: &["engine"] },
     Room { modules: &["engine::uffd"], may_use: &["engine", "engine::linux", "engine::trap"] },
     Room { modules: &["engine::signal"], may_use: &["engine", "engine::linux", "engine::trap"] },
+    // Two engines side by side.
+    Room {
+        modules: &["engine::mixed"],
+        may_use: &["engine", "engine::uffd", "engine::signal", "engine::linux"],
+    },
     // The composition root: chooses the engine and puts the parts together.
     Room {
         modules: &["context"],
@@ -52,6 +57,7 @@ const ROOMS: &[Room] = &[
             "engine::model",
             "engine::uffd",
             "engine::signal",
+            "engine::mixed",
             "ops",
             "notifier",
             "devmem",

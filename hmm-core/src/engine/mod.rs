@@ -3,6 +3,7 @@
 
 mod linux;
 mod lost;
+pub mod mixed;
 pub mod model;
 mod say;
 pub mod signal;
@@ -13,7 +14,7 @@ pub mod uffd;
 pub(crate) use trap::program_action;
 
 use crate::addr::{AddrRange, VirtAddr};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flags::{Capabilities, Protection};
 use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::sync::Arc;
@@ -27,11 +28,11 @@ pub(crate) fn under_valgrind() -> bool {
 /// What kind of memory a vma maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmaKind {
-    /// Private anonymous memory: the only kind that migrates.
+    /// Private anonymous memory.
     Anonymous,
     /// Shared anonymous memory, memfd, tmpfs.
     Shared,
-    /// A private file mapping.
+    /// A private file mapping. It migrates where the engine has [`Capabilities::PRIVATE_FILES`].
     PrivateFile,
     /// A shared file mapping.
     SharedFile,
@@ -296,12 +297,24 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     }
     /// Frees the memory of frame slots; they are empty afterwards. Never called by a thread that reads events.
     fn empty_frames(&self, frames: AddrRange);
-    /// Whether pages may leave now. Asked by the thread that is about to migrate.
+    /// Whether pages of a range may leave now. Asked by the thread that is about to migrate.
     ///
     /// # Errors
     /// `Unsupported` with the reason, when a touch could not be answered any more.
-    fn check_ready(&self) -> Result<()> {
+    fn check_ready(&self, _range: AddrRange) -> Result<()> {
         Ok(())
+    }
+    /// Lets touches of a range's absent pages be answered by the toucher itself, or again as the engine answers by
+    /// itself. Called with no lock held; no page of the range is away or leaves meanwhile. The range is watched for
+    /// changes afterwards; its absence has to be watched anew.
+    ///
+    /// # Errors
+    /// `Invalid` when something else than private anonymous memory is in the range; `Busy`; `Unsupported` with the
+    /// reason.
+    fn answer_inline(&self, _range: AddrRange, _inline: bool) -> Result<()> {
+        let name = self.name();
+        let what = format!("the {name} engine answers all touches alike; inline ranges need userfaultfd");
+        Err(Error::Unsupported { what })
     }
     /// Whether the calling thread is one of the engine's own (it must then never wait for the others).
     fn is_service_thread(&self) -> bool;

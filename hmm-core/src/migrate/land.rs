@@ -3,7 +3,7 @@
 use super::batch::{Batch, Fate, Held};
 use crate::addr::{AddrRange, Pfn};
 use crate::devmem::{Devmem, LastFound};
-use crate::engine::{Give, Stop};
+use crate::engine::{Give, Stop, VmaKind};
 use crate::flags::Capabilities;
 use crate::limits::{DEADLINE, MOVE_MINIMUM};
 use crate::mm::page_table::{Entry, Place};
@@ -152,7 +152,8 @@ impl Batch<'_> {
         };
         let count = if self.flight.is_in_place(index) { self.run_in_place(index) } else { 1 };
         // An engine that cannot move leaves the frames populated.
-        let can_move = mm.engine.capabilities().contains(Capabilities::MOVE);
+        let can_move = self.vma.kind == VmaKind::Anonymous
+            && mm.engine.capabilities().contains(Capabilities::MOVE);
         let how = if can_move && count >= MOVE_MINIMUM { Give::Move } else { Give::Copy };
         let range = AddrRange::from_bounds(
             address.get(),

@@ -89,7 +89,7 @@ impl Mm {
         self.check_open()?;
         if request.select.contains(Select::SYSTEM) {
             self.check_not_closing()?;
-            self.engine.check_ready()?;
+            self.engine.check_ready(request.range)?;
         }
         if self.notifiers.in_callback() {
             return Err(Error::Deadlock { what: "migration from inside a notifier callback" });

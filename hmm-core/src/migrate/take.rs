@@ -2,7 +2,7 @@
 
 use super::batch::{Batch, Held};
 use crate::addr::{AddrRange, VirtAddr};
-use crate::engine::{Present, Stop, Watch};
+use crate::engine::{Present, Stop, VmaKind, Watch};
 use crate::error::Result;
 use crate::limits::{BATCH_LEAVES, DEADLINE};
 use crate::ops::{InvalidateEvent, Invalidation};
@@ -76,7 +76,10 @@ impl Batch<'_> {
         let end = first + part.pages();
         let deadline = Instant::now() + DEADLINE;
         let mut index = first;
-        let mut taken = None;
+        // Where contents are copied, frames may have been filled in vain, too: they must not be thought empty.
+        let is_copied = self.vma.kind != VmaKind::Anonymous
+            && self.pages[first..end].iter().any(|page| page.held == Held::Mapped);
+        let mut taken = is_copied.then_some((first, end));
         while index < end {
             let run = self.mapped_run(index, end);
             if run == 0 {
@@ -216,10 +219,7 @@ impl Batch<'_> {
             for page in 0..run.pages() {
                 let offset = frames.index_of(run.page_at(page));
                 let page = &mut pages[base + offset];
-                if page.held != Held::Taken {
-                    continue;
-                }
-                if matches!(present, Present::None | Present::Zero) {
+                if page.held == Held::Taken && matches!(present, Present::None | Present::Zero) {
                     page.held = Held::Empty;
                 }
                 if present != Present::None {

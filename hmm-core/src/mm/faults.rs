@@ -184,7 +184,7 @@ impl Mm {
         let Some(devmem) = Devmem::find(page) else { return Err(FaultError::SigBus) };
         let result = match (self.arc(), self.engine.mapping_at(addr)) {
             (Some(mm), Ok(Some(mapping))) if mapping.range.contains(addr) => {
-                let vma = Vma::from_mapping(&mapping);
+                let vma = Vma::from_mapping(&*self.engine, &mapping);
                 devmem.ops().fault(&devmem, &CpuFault { mm: &mm, vma, addr, page, flags })
             }
             // Unmapped meanwhile: the event drops the page. An engine without events has found out by this look.

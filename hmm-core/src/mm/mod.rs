@@ -5,6 +5,7 @@ mod faults;
 mod fork_gate;
 pub(crate) mod frames;
 pub(crate) mod inflight;
+mod inline;
 mod layout;
 pub(crate) mod page_table;
 mod pins;

@@ -3,7 +3,7 @@
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Engine, Mapping, VmaKind};
 use crate::error::{Error, Result};
-use crate::flags::Protection;
+use crate::flags::{Capabilities, Protection};
 use crate::limits::DEADLINE;
 use crate::sync::{Condvar, Mutex};
 use std::time::Instant;
@@ -23,16 +23,25 @@ pub struct Vma {
     pub protection: Protection,
     /// Kind of memory.
     pub kind: VmaKind,
+    /// The engine moves pages of this kind.
+    moves: bool,
 }
 
 impl Vma {
-    pub(crate) fn from_mapping(mapping: &Mapping) -> Self {
-        Self { range: mapping.range, protection: mapping.protection, kind: mapping.kind }
+    pub(crate) fn from_mapping(engine: &dyn Engine, mapping: &Mapping) -> Self {
+        let Mapping { range, protection, kind, .. } = *mapping;
+        let moves = match kind {
+            VmaKind::Anonymous => true,
+            VmaKind::PrivateFile => engine.capabilities().contains(Capabilities::PRIVATE_FILES),
+            _ => false,
+        };
+        Self { range, protection, kind, moves }
     }
 
-    /// Whether pages of it can migrate: private, anonymous, writable memory.
+    /// Whether pages of it can migrate: private writable memory, which is anonymous, or a file's where the engine has
+    /// [`Capabilities::PRIVATE_FILES`].
     pub fn can_migrate(&self) -> bool {
-        self.kind == VmaKind::Anonymous
+        self.moves
             && self.protection.contains(Protection::READ | Protection::WRITE)
             && !self.protection.contains(Protection::EXEC)
     }
@@ -83,7 +92,7 @@ pub(crate) fn find(engine: &dyn Engine, addr: VirtAddr) -> Result<Option<Vma>> {
     let Some(mut mapping) = engine.mapping_at(addr.page())? else { return Ok(None) };
     join_down(engine, &mut mapping)?;
     join_up(engine, &mut mapping, VirtAddr::new(crate::addr::USER_END))?;
-    Ok(Some(Vma::from_mapping(&mapping)))
+    Ok(Some(Vma::from_mapping(engine, &mapping)))
 }
 
 /// The vma that holds all of `range` (its bounds may be narrower than [`find`]'s).
@@ -97,7 +106,7 @@ pub(crate) fn covering(engine: &dyn Engine, range: AddrRange) -> Result<Vma> {
     if !mapping.range.covers(range) {
         return Err(Error::invalid(address.get(), "the range reaches beyond its vma"));
     }
-    Ok(Vma::from_mapping(&mapping))
+    Ok(Vma::from_mapping(engine, &mapping))
 }
 
 /// The lock of an address space (`mmap_lock`), taken and released explicitly, as C code does.

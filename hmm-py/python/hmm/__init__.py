@@ -12,11 +12,11 @@ it lies; it leaves the CPU's page table, and comes home when the CPU touches it:
         print(y[0], hmm.residency_map(x))
 
 Memory is named by an object with a C-contiguous buffer, or by ``(address, nbytes)``. Whole pages move, so what shares
-a page with an array moves along; that changes nothing but speed. Calls that wait release the GIL. A call that fails
-raises `Error`, an `OSError` with its ``errno``.
+a page with an array moves along; that changes nothing but speed, where the engine has ``KERNEL_FAULTS``. Calls that wait
+release the GIL. A call that fails raises `Error`, an `OSError` with its ``errno``.
 
-Where the engine lacks ``KERNEL_FAULTS`` (see `Mm.capabilities`), system calls on memory that is on a device are wrapped
-in a guard::
+Where the engine lacks ``KERNEL_FAULTS`` (see `Mm.capabilities`), system calls on pages that are on a device fail with
+``EFAULT``. A guard keeps their memory at home meanwhile::
 
     with hmm.guard(x):
         file.readinto(x)

@@ -3,7 +3,7 @@
 use super::hidden::State;
 use super::protect::{Protector, READ_WRITE, protect};
 use crate::addr::{AddrRange, USER_END, VirtAddr};
-use crate::engine::{Mapping, Present};
+use crate::engine::{Mapping, Present, VmaKind};
 use crate::error::Result;
 use crate::flags::Protection;
 
@@ -60,18 +60,22 @@ impl Protector {
 
     /// Whether the kernel has a range as we left it: inaccessible.
     pub(super) fn is_ours(&self, range: AddrRange) -> bool {
+        self.kind_of_ours(range).is_some()
+    }
+
+    /// The kind of memory of a range that the kernel has as we left it.
+    pub(super) fn kind_of_ours(&self, range: AddrRange) -> Option<VmaKind> {
         let mut next = range.start();
+        let mut kind = None;
         while next < range.end() {
-            match self.mappings.at(next) {
-                Ok(Some(mapping))
-                    if mapping.range.contains(next) && mapping.protection.is_empty() =>
-                {
-                    next = mapping.range.end();
-                }
-                _ => return false,
+            let mapping = self.mappings.at(next).ok()??;
+            if !mapping.range.contains(next) || !mapping.protection.is_empty() {
+                return None;
             }
+            kind = Some(mapping.kind);
+            next = mapping.range.end();
         }
-        true
+        kind
     }
 
     /// Whether nothing happened to a run of pages behind our back: they are inaccessible, and what was marked still is.

@@ -8,9 +8,14 @@
 //! program unmaps or drops is found out at the next touch or the next look ([`look`]), and what
 //! happens in the very moment in which pages leave or come home is not found out at all.
 
+mod beside;
+mod files;
 mod hidden;
 mod look;
 mod protect;
+mod withdraw;
+
+pub(super) use beside::Follower;
 
 use super::linux::memory::{self, Memory, Reserved};
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
@@ -33,7 +38,7 @@ use std::time::Instant;
 #[derive(Debug)]
 struct Common {
     protector: Protector,
-    layout: LayoutLock,
+    layout: Shared<LayoutLock>,
     sink: RwLock<Option<Arc<dyn FaultSink>>>,
     stopping: Mutex<bool>,
     stop: Condvar,
@@ -60,14 +65,16 @@ impl SignalEngine {
     /// # Errors
     /// `NoMemory`; `Os` where `/proc/self/maps` is out of reach.
     pub fn open() -> Result<Self> {
-        Self::with_memory(writable_memory())
+        let layout = Shared::new(LayoutLock::default());
+        let layout = layout.ok_or(Error::NoMemory { what: "the engine's state" })?;
+        Self::with_memory(writable_memory(), layout)
     }
 
-    fn with_memory(memory: Option<Memory>) -> Result<Self> {
+    fn with_memory(memory: Option<Memory>, layout: Shared<LayoutLock>) -> Result<Self> {
         let no_memory = || Error::NoMemory { what: "the engine's state" };
         let common = Common {
             protector: Protector::new(memory)?,
-            layout: LayoutLock::default(),
+            layout,
             sink: RwLock::new(None),
             stopping: Mutex::new(false),
             stop: Condvar::new(),
@@ -184,7 +191,10 @@ impl Engine for SignalEngine {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::MISSING_FAULTS | Capabilities::POISON
+        let mut capabilities = Capabilities::MISSING_FAULTS | Capabilities::POISON;
+        let files = self.common.protector.memory.is_some();
+        capabilities.set(Capabilities::PRIVATE_FILES, files);
+        capabilities
     }
 
     fn layout(&self) -> &LayoutLock {
@@ -247,7 +257,8 @@ impl Engine for SignalEngine {
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {
-        self.common.protector.withdraw(range)
+        let drop_file = |part| memory::drop_pages(part).map_err(|_| Stop::Refused);
+        self.common.protector.withdraw(range, &drop_file)
     }
 
     fn give(&self, range: AddrRange, frame: VirtAddr, _: Give) -> Progress {
@@ -335,7 +346,7 @@ impl Engine for SignalEngine {
         let _ = memory::drop_pages(frames);
     }
 
-    fn check_ready(&self) -> Result<()> {
+    fn check_ready(&self, _range: AddrRange) -> Result<()> {
         self.trap.renew()
     }
 
@@ -346,22 +357,28 @@ impl Engine for SignalEngine {
 
 impl SignalEngine {
     fn any_hidden(&self, range: AddrRange) -> bool {
-        let hidden = &self.common.protector.hidden;
-        (0..range.pages()).any(|page| hidden.contains(range.page_at(page)))
+        let mut any = false;
+        self.common.protector.hidden.each_run(range, &mut |_| any = true);
+        any
     }
 
     fn touch_hidden(&self, range: AddrRange) -> Result<()> {
         let hidden = &self.common.protector.hidden;
-        for page in (0..range.pages()).map(|page| range.page_at(page)) {
-            let mut byte = 0_u8;
-            if !hidden.contains(page) {
-                continue;
+        let mut failed = None;
+        hidden.each_run(range, &mut |run| {
+            // A page of the run may have come home with the one before it.
+            let pages = (0..run.pages()).map(|page| run.page_at(page));
+            for page in pages.filter(|page| hidden.contains(*page)) {
+                let mut byte = 0_u8;
+                // SAFETY: one byte is read, into a variable of this function.
+                if unsafe { copy::faulting(&raw mut byte, page.as_ptr(), 1) } == 0 {
+                    failed.get_or_insert(page);
+                }
             }
-            // SAFETY: one byte is read, into a variable of this function.
-            if unsafe { copy::faulting(&raw mut byte, page.as_ptr(), 1) } == 0 {
-                return Err(Error::Fault { address: page, what: "the page cannot be had" });
-            }
+        });
+        match failed {
+            Some(address) => Err(Error::Fault { address, what: "the page cannot be had" }),
+            None => Ok(()),
         }
-        Ok(())
     }
 }

@@ -3,11 +3,11 @@
 //! Where `/proc/self/mem` may be written, contents go through it: it reaches pages that nobody else can. Otherwise a page
 //! is read while it is read-only for everybody, and filled by moving a filled one into its place (`mremap`).
 //! What was dropped leaves a mark: a read maps the kernel's page of zeros. A page that is away and has no mark was
-//! dropped or unmapped by the program meanwhile.
+//! dropped or unmapped by the program meanwhile. Pages of files are a little different ([`super::files`]).
 
 use super::hidden::{Hidden, Leaf, State};
 use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
-use crate::engine::linux::{Mappings, Memory, Presence, memory};
+use crate::engine::linux::{Mappings, Memory, Presence};
 use crate::engine::trap::copy;
 use crate::engine::{Present, Progress, Stop, VmaKind};
 use crate::error::{Error, Result};
@@ -31,7 +31,14 @@ pub(super) struct Protector {
     pub(super) suspects: Mutex<[Option<AddrRange>; SUSPECTS]>,
 }
 
-fn stopped(pages: usize, stop: Stop) -> Progress {
+/// Pages of one leaf that are taken together.
+struct Taking {
+    part: AddrRange,
+    frame: VirtAddr,
+    is_file: bool,
+}
+
+pub(super) fn stopped(pages: usize, stop: Stop) -> Progress {
     Progress { pages, stop }
 }
 
@@ -61,22 +68,23 @@ impl Protector {
         })
     }
 
-    /// Whether a range is what may be taken: one mapping, readable and writable, nothing of it hidden by the program.
-    fn may_take(&self, range: AddrRange) -> bool {
+    /// What may be taken in a range: one kind of memory, readable and writable, nothing of it hidden by the program.
+    fn may_take(&self, range: AddrRange) -> Option<VmaKind> {
         let mut next = range.start();
+        let mut kind = None;
         while next < range.end() {
-            match self.mapping_at(next) {
-                Ok(Some(mapping))
-                    if mapping.range.contains(next)
-                        && mapping.kind == VmaKind::Anonymous
-                        && mapping.protection == Protection::READ | Protection::WRITE =>
-                {
-                    next = mapping.range.end();
-                }
-                _ => return false,
+            let mapping = self.mapping_at(next).ok()??;
+            let fits = mapping.range.contains(next)
+                && self.can_take(mapping.kind)
+                && kind.is_none_or(|kind| kind == mapping.kind)
+                && mapping.protection == Protection::READ | Protection::WRITE;
+            if !fits {
+                return None;
             }
+            kind = Some(mapping.kind);
+            next = mapping.range.end();
         }
-        true
+        kind
     }
 
     /// As [`crate::engine::Engine::take`]; what the pages had is still there afterwards, out of reach.
@@ -86,29 +94,33 @@ impl Protector {
         frame: VirtAddr,
         must_stay: &dyn Fn(AddrRange) -> bool,
     ) -> Progress {
-        if !self.may_take(range) {
-            return stopped(0, Stop::Refused);
-        }
+        let Some(kind) = self.may_take(range) else { return stopped(0, Stop::Refused) };
+        let is_file = kind == VmaKind::PrivateFile;
         let mut done = 0;
-        for part in range.by_leaf() {
-            let Some(leaf) = self.hidden.leaf_or_new(part.start()) else {
+        for wanted in range.by_leaf() {
+            let Some(leaf) = self.hidden.leaf_or_new(wanted.start()) else {
                 return stopped(done, Stop::NoMemory);
             };
             let state = &mut *leaf.lock();
+            let part = if is_file { self.within_file(state, wanted) } else { Some(wanted) };
+            let Some(part) = part else { return stopped(done, Stop::Busy) };
             let mut target = part;
             if state.whole || self.hidden.runs() >= self.runs_limit {
                 target = self.piece_of_leaf(leaf, part);
                 state.whole = true;
             }
-            let frame = frame.plus_pages(done);
-            let mut taken = self.take_part(leaf, state, part, target, frame, must_stay);
+            let taking = Taking { part, frame: frame.plus_pages(done), is_file };
+            let mut taken = self.take_part(leaf, state, &taking, target, must_stay);
             if taken == Err(Stop::WithLeaf) {
-                taken = self.take_part(leaf, state, part, part, frame, &|_| false);
+                taken = self.take_part(leaf, state, &taking, part, &|_| false);
             }
             if let Err(stop) = taken {
                 return stopped(done, stop);
             }
             done += part.pages();
+            if part != wanted {
+                return stopped(done, Stop::Busy);
+            }
         }
         stopped(done, Stop::Done)
     }
@@ -117,12 +129,11 @@ impl Protector {
         &self,
         leaf: &Leaf,
         state: &mut State,
-        part: AddrRange,
+        taking: &Taking,
         target: AddrRange,
-        frame: VirtAddr,
         must_stay: &dyn Fn(AddrRange) -> bool,
     ) -> std::result::Result<(), Stop> {
-        let before = *state;
+        let (before, part) = (*state, taking.part);
         let mut hidden = state.hidden;
         hidden.insert_pages(target);
         // Before anything is inaccessible: whoever faults finds the page in the table, and waits.
@@ -133,7 +144,7 @@ impl Protector {
             return Err(Stop::WithLeaf);
         }
         state.away.insert_pages(part);
-        let copied = self.hide_and_copy(target, part, frame);
+        let copied = self.hide_and_copy(target, taking);
         if copied.is_err() {
             let kept = before.hidden;
             let mut slot = 0;
@@ -169,32 +180,31 @@ impl Protector {
     fn hide_and_copy(
         &self,
         target: AddrRange,
-        part: AddrRange,
-        frame: VirtAddr,
+        taking: &Taking,
     ) -> std::result::Result<(), Stop> {
         let Some(memory) = &self.memory else {
             // Stores wait from here on, and the copy is read as everybody reads.
             protect(target, MprotectFlags::READ)?;
             // SAFETY: `to` is a run of frames of the caller's, `from` a part of the process that can still be read.
-            self.copy_contents(part, frame, &|from, to| unsafe {
+            self.copy_contents(taking, &|from, to| unsafe {
                 let count = from.len() as usize;
                 copy::present(to.as_ptr(), from.start().as_ptr(), count) == count
             })?;
             return protect(target, MprotectFlags::empty());
         };
         protect(target, MprotectFlags::empty())?;
-        self.copy_contents(part, frame, &|from, to| memory.copy_in(from, to))
+        self.copy_contents(taking, &|from, to| memory.copy_in(from, to))
     }
 
     /// Copies what is there; the frames of holes stay empty.
     fn copy_contents(
         &self,
-        part: AddrRange,
-        frame: VirtAddr,
+        taking: &Taking,
         copy: &dyn Fn(AddrRange, VirtAddr) -> bool,
     ) -> std::result::Result<(), Stop> {
+        let Taking { part, frame, is_file } = *taking;
         let to = |from: AddrRange| frame.plus_pages(part.index_of(from.start()));
-        if !self.presence.tells_swap() {
+        if is_file || !self.presence.tells_swap() {
             return if copy(part, frame) { Ok(()) } else { Err(Stop::Busy) };
         }
         let mut whole = true;
@@ -204,39 +214,6 @@ impl Protector {
             }
         });
         if whole && scanned.is_ok() { Ok(()) } else { Err(Stop::Busy) }
-    }
-
-    /// As [`crate::engine::Engine::withdraw`].
-    pub(super) fn withdraw(&self, range: AddrRange) -> Progress {
-        let mut done = 0;
-        for part in range.by_leaf() {
-            let Some(leaf) = self.hidden.leaf(part.start()) else { break };
-            let state = &mut *leaf.lock();
-            // The program may have unmapped the pages since, and mapped others.
-            if !self.is_ours(part) {
-                self.suspect(part);
-                return stopped(done, Stop::Retry);
-            }
-            let dropped = match &self.memory {
-                Some(memory) => memory::drop_pages(part).map(|()| self.mark(memory, state, part)),
-                None => replace_by_marks(part).map(|()| state.marked.insert_pages(part)),
-            };
-            if dropped.is_err() {
-                return stopped(done, Stop::Refused);
-            }
-            done += part.pages();
-        }
-        stopped(done, if done == range.pages() { Stop::Done } else { Stop::Refused })
-    }
-
-    fn mark(&self, memory: &Memory, state: &mut State, part: AddrRange) {
-        let mut byte = [0];
-        for page in 0..part.pages() {
-            let addr = part.page_at(page);
-            if memory.peek(addr, &mut byte) {
-                state.marked.insert(addr.index_in_leaf());
-            }
-        }
     }
 
     /// As [`crate::engine::Engine::give`].
@@ -253,10 +230,11 @@ impl Protector {
             if !state.away.contains(first) {
                 return stopped(done, Stop::Exists);
             }
-            if let Err(stop) = self.give_part(leaf, state, part, frame.plus_pages(done)) {
-                return stopped(done, stop);
+            match self.give_part(leaf, state, part, frame.plus_pages(done)) {
+                Ok(given) if given == part.pages() => done += given,
+                Ok(given) => return stopped(done + given, Stop::Retry),
+                Err(stop) => return stopped(done, stop),
             }
-            done += part.pages();
             if part.end() < range.end() && part.end().index_in_leaf() != 0 {
                 return stopped(done, Stop::Exists);
             }
@@ -264,13 +242,14 @@ impl Protector {
         stopped(done, Stop::Done)
     }
 
+    /// Returns how many pages from the start of the part are home.
     fn give_part(
         &self,
         leaf: &Leaf,
         state: &mut State,
-        part: AddrRange,
+        mut part: AddrRange,
         frame: VirtAddr,
-    ) -> std::result::Result<(), Stop> {
+    ) -> std::result::Result<usize, Stop> {
         if !self.is_intact(state, part) {
             self.suspect(part);
             return Err(Stop::Retry);
@@ -280,7 +259,7 @@ impl Protector {
             None => replace(part, frame).is_ok(),
         };
         if !in_place {
-            return Err(Stop::NoMemory);
+            part = self.give_short_file(part, frame).ok_or(Stop::NoMemory)?;
         }
         for page in 0..part.pages() {
             let slot = part.page_at(page).index_in_leaf();
@@ -292,11 +271,11 @@ impl Protector {
             self.forget(state, part);
         }
         self.show(leaf, state, part);
-        Ok(())
+        Ok(part.pages())
     }
 
     /// Makes pages accessible that are all at home. When mappings are short, they wait for the others of their leaf.
-    fn show(&self, leaf: &Leaf, state: &mut State, part: AddrRange) {
+    pub(super) fn show(&self, leaf: &Leaf, state: &mut State, part: AddrRange) {
         if !state.whole {
             if protect(part, READ_WRITE).is_ok() {
                 return self.forget(state, part);
@@ -395,31 +374,6 @@ impl Protector {
         // SAFETY: the advice changes no contents. A kernel without huge pages refuses it, and needs it not.
         let _ =
             unsafe { rustix::mm::madvise(start, range.len() as usize, Advice::LinuxNoHugepage) };
-    }
-}
-
-/// Moves inaccessible pages of zeros into the place of inaccessible pages, at once: what those had is dropped, and each
-/// is marked.
-fn replace_by_marks(part: AddrRange) -> std::result::Result<(), Errno> {
-    let len = part.len() as usize;
-    let (access, flags) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::PRIVATE);
-    // SAFETY: the new mapping replaces nothing, is only read, and then takes the place of pages that the engine owns.
-    unsafe {
-        let marks = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, access, flags)?;
-        let start = VirtAddr::from_ptr(marks.cast_const()).get();
-        let range = AddrRange::from_bounds(start, start + part.len());
-        Protector::keep_small(range);
-        let moved = memory::populate(range, false)
-            .map_err(|_| Errno::NOMEM)
-            .and_then(|()| rustix::mm::mprotect(marks, len, MprotectFlags::empty()))
-            .and_then(|()| {
-                let target = part.start().as_ptr().cast();
-                rustix::mm::mremap_fixed(marks, len, len, MremapFlags::MAYMOVE, target)
-            });
-        if moved.is_err() {
-            let _ = rustix::mm::munmap(marks, len);
-        }
-        moved.map(drop)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Taking pages on kernels without `UFFDIO_MOVE` (before Linux 6.8): write-protect, copy, drop.
 //!
 //! Stores wait from the write-protection on. What is dropped is reported like a drop of the program's own; the engine
-//! knows its own by the range. Between the last look at a page and its drop the program may unmap it and map another one
-//! there: the kernel has no drop that looks first. The look is taken as late as can be.
+//! knows its own by the range. The kernel has no drop that looks first, and lets go of its lock until the event was read:
+//! what the program puts in the place of the page in that time is dropped ([`crate::Capabilities::MOVE`]).
 
 use super::UffdEngine;
 use crate::addr::{AddrRange, VirtAddr};
@@ -15,7 +15,7 @@ impl UffdEngine {
         let Some(range) = self.pages.pieces(range).next() else {
             return Progress { pages: 0, stop: Stop::Refused };
         };
-        if let Err(stop) = self.pages.write_protect(range) {
+        if let Err(stop) = self.pages_at(range.start()).write_protect(range) {
             return Progress { pages: 0, stop };
         }
         let mut whole = true;
@@ -28,7 +28,7 @@ impl UffdEngine {
         if whole && scanned.is_ok() {
             return Progress { pages: range.pages(), stop: Stop::Done };
         }
-        self.pages.unprotect(range);
+        self.pages_at(range.start()).unprotect(range);
         Progress { pages: 0, stop: Stop::Busy }
     }
 
@@ -42,7 +42,7 @@ impl UffdEngine {
         for piece in self.pages.pieces(range) {
             let expected = self.service.expect_drop(piece);
             // The look: fails where a layout change waits to be read, and where nothing is registered.
-            let looked = self.pages.write_protect(piece);
+            let looked = self.pages_at(piece.start()).write_protect(piece);
             let dropped = looked.map(|()| memory::drop_pages(piece).is_ok());
             self.service.forget_drop(expected, dropped == Ok(true));
             match dropped {
@@ -58,7 +58,8 @@ impl UffdEngine {
     /// Pages that are there already may still be write-protected by an unfinished take.
     pub(super) fn after_exists(&self, range: AddrRange, progress: Progress) -> Progress {
         if !self.can_move && progress.stop == Stop::Exists && progress.pages < range.pages() {
-            self.pages.unprotect(range.sub(progress.pages, 1));
+            let page = range.sub(progress.pages, 1);
+            self.pages_at(page.start()).unprotect(page);
         }
         progress
     }

@@ -7,35 +7,40 @@
 //!
 //! Faults come in one of two modes. *Blocking*: service threads read and answer them, and system calls on absent pages
 //! wait as loads do; needs a privilege. *Inline*: the toucher answers in a handler of SIGBUS ([`super::trap`]); system
-//! calls on absent pages fail with `EFAULT`.
+//! calls on absent pages fail with `EFAULT`. On a blocking descriptor, ranges may be made inline one by one ([`second`]).
 
 mod abi;
 mod copying;
+mod files;
+mod inline;
 mod open;
 mod pages;
+mod ranges;
+mod second;
 mod service;
 
 pub use open::{Feature, features};
 
 use super::linux::memory::{self, Memory, Reserved};
 use super::linux::{Mappings, Presence};
-use super::trap::{Access, Claim, Owner, Signal, Trap, copy};
-use super::{
-    Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, VmaKind, Watch,
-};
+use super::trap::{Trap, copy};
+use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
 use crate::limits::DEADLINE;
 use crate::sync::Mutex;
-use abi::{Register, feature};
+use abi::feature;
+use inline::{Inline, check_anonymous};
+use once_cell::sync::OnceCell;
 use open::Mode;
-use pages::{Pages, raw};
-use rustix::fd::AsRawFd;
+use pages::Pages;
+use rustix::event::EventfdFlags;
+use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
+use second::{Second, registration_failed};
 use service::Service;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -51,41 +56,9 @@ pub struct UffdEngine {
     service: Service,
     /// The handler of SIGBUS, in inline mode.
     inline: Option<Inline>,
+    /// The handler of SIGBUS for ranges beside a blocking descriptor.
+    touchers: OnceCell<Inline>,
     frame_areas: Mutex<Vec<Reserved>>,
-}
-
-/// What inline mode adds.
-#[derive(Debug)]
-struct Inline {
-    trap: Shared<Trap>,
-    /// Behind the trap.
-    _owner: Shared<Toucher>,
-}
-
-/// Tells whose a SIGBUS is.
-struct Toucher {
-    mappings: Mappings,
-    service: Service,
-}
-
-impl Owner for Toucher {
-    /// Only userfaultfd makes an access to private anonymous memory end so.
-    fn claim(&self, access: &Access) -> Claim {
-        let page = access.addr.page();
-        match self.mappings.at(page) {
-            _ if access.signal == Signal::Segv => Claim::Stranger,
-            Ok(Some(mapping))
-                if mapping.kind == VmaKind::Anonymous && mapping.range.contains(page) =>
-            {
-                Claim::Mine
-            }
-            _ => Claim::Stranger,
-        }
-    }
-
-    fn drain(&self) {
-        self.service.drain();
-    }
 }
 
 impl UffdEngine {
@@ -135,34 +108,74 @@ impl UffdEngine {
             layout,
             service,
             inline,
+            touchers: OnceCell::new(),
             frame_areas: Mutex::new(Vec::new()),
         })
     }
 
     /// Ends every registration at once. The number stays taken (by the stop event), so that a late call on it fails
     /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
-    fn close_descriptor(&self) {
-        let other = self.service.stop_descriptor().as_raw_fd();
-        let mine = self.pages.descriptor.as_raw_fd();
+    fn close_descriptor(&self, pages: &Pages, stop: &OwnedFd) {
+        let (other, mine) = (stop.as_raw_fd(), pages.descriptor.as_raw_fd());
         // SAFETY: both numbers are open descriptors of this engine.
         if unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) } < 0 {
             // Its number is above a limit that was lowered meanwhile.
-            self.unregister_everything();
+            self.unregister_everything(pages);
         }
     }
 
-    fn unregister_everything(&self) {
+    fn unregister_everything(&self, pages: &Pages) {
         let mut next = VirtAddr::new(0);
         while let Ok(Some(mapping)) = self.pages.mappings.at(next) {
             // Mappings that were never registered refuse.
-            let _ = abi::unregister(&*self.pages.descriptor, &mut raw(mapping.range));
+            let _ = pages.unregister(mapping.range);
             next = mapping.range.end();
         }
     }
 
-    fn register(&self, range: AddrRange, mode: u64) -> std::result::Result<(), Errno> {
-        let mut request = Register { range: raw(range), mode, ioctls: 0 };
-        abi::register(&*self.pages.descriptor, &mut request)
+    /// Bits of a registration.
+    fn mode_of(&self, watch: Watch) -> u64 {
+        let protect = self.features & feature::PAGEFAULT_FLAG_WP != 0;
+        let changes = if protect { abi::REGISTER_WP } else { abi::REGISTER_MISSING };
+        match watch {
+            Watch::Changes => changes,
+            Watch::Absence => changes | abi::REGISTER_MISSING,
+        }
+    }
+
+    /// The descriptor to which an address belongs.
+    fn pages_at(&self, addr: VirtAddr) -> &Pages {
+        match self.service.second() {
+            Some(second) if second.ranges.contains(addr) => &second.pages,
+            _ => &self.pages,
+        }
+    }
+
+    /// Whether some touches end in a signal handler, and system calls that do not wait.
+    fn has_touchers(&self) -> bool {
+        self.inline.is_some() || self.service.second().is_some()
+    }
+
+    /// The second descriptor; opened when it is asked for first.
+    fn open_second(&self) -> Result<&Second> {
+        self.touchers.get_or_try_init(|| {
+            let gone = Error::Gone { what: "this engine was stopped" };
+            let sink = self.service.sink().ok_or(gone)?;
+            let opened = open::open(Mode::Inline)?;
+            let no_memory = || Error::NoMemory { what: "the engine's state" };
+            let descriptor = Shared::new(opened.descriptor).ok_or_else(no_memory)?;
+            let pages = Pages { descriptor, mappings: Mappings::open()? };
+            let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                .map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))?;
+            let inline = Inline::new(self.service.clone())?;
+            let frames = self.frame_areas.lock().first().map(|reserved| reserved.area);
+            let frames = frames.ok_or_else(no_memory)?;
+            let second = Second::new(pages, inline.trap.clone(), stop, frames)?;
+            Trap::start(&inline.trap, &sink).inspect_err(|_| inline.trap.stop())?;
+            self.service.add_second(second);
+            Ok(inline)
+        })?;
+        self.service.second().ok_or(Error::Gone { what: "the second descriptor" })
     }
 
     /// Touches what is absent, so that the toucher's handler brings it: the kernel would only fail.
@@ -182,24 +195,6 @@ impl UffdEngine {
             Some(address) => Err(Error::Fault { address, what: "the page cannot be had" }),
             None => Ok(()),
         }
-    }
-}
-
-impl Inline {
-    fn new(service: Service) -> Result<Self> {
-        let no_memory = || Error::NoMemory { what: "the engine's state" };
-        let toucher = Toucher { mappings: Mappings::open()?, service };
-        let owner = Shared::new(toucher).ok_or_else(no_memory)?;
-        let behind: NonNull<dyn Owner> = NonNull::from(&*owner);
-        // SAFETY: the owner lies in the arena, and lives as long as this value, which outlives the trap's stop.
-        let trap = unsafe { Trap::new(behind, &[Signal::Bus, Signal::Segv])? };
-        Ok(Self { trap, _owner: owner })
-    }
-}
-
-impl std::fmt::Debug for Toucher {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Toucher")
     }
 }
 
@@ -229,10 +224,13 @@ impl Engine for UffdEngine {
 
     fn stop(&self) {
         self.service.stop();
-        if let Some(inline) = &self.inline {
+        for inline in [self.inline.as_ref(), self.touchers.get()].into_iter().flatten() {
             inline.trap.stop();
         }
-        self.close_descriptor();
+        self.close_descriptor(&self.pages, self.service.stop_descriptor());
+        if let Some(second) = self.service.second() {
+            self.close_descriptor(&second.pages, &second.stop);
+        }
         self.frame_areas.lock().clear();
     }
 
@@ -241,13 +239,12 @@ impl Engine for UffdEngine {
     }
 
     fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
-        let protect = self.features & feature::PAGEFAULT_FLAG_WP != 0;
-        let changes = if protect { abi::REGISTER_WP } else { abi::REGISTER_MISSING };
-        let mode = match watch {
-            Watch::Changes => changes,
-            Watch::Absence => changes | abi::REGISTER_MISSING,
+        let mode = self.mode_of(watch);
+        let done = match self.service.second() {
+            Some(second) => second.register(&self.pages, range, mode),
+            None => self.pages.register(range, mode),
         };
-        match self.register(range, mode) {
+        match done {
             Ok(()) => Ok(()),
             // Before Linux 6.7, files cannot be watched: mirrors of them are not told of changes.
             Err(Errno::INVAL)
@@ -255,12 +252,39 @@ impl Engine for UffdEngine {
             {
                 Ok(())
             }
-            Err(Errno::BUSY) => Err(Error::Busy {
-                address: range.start(),
-                what: "another userfaultfd of this process has the range",
-            }),
-            Err(Errno::NOMEM) => Err(Error::NoMemory { what: "mappings (vm.max_map_count)" }),
-            Err(errno) => Err(Error::os("UFFDIO_REGISTER", range.start(), errno)),
+            Err(errno) => Err(registration_failed(range, errno)),
+        }
+    }
+
+    fn answer_inline(&self, range: AddrRange, inline: bool) -> Result<()> {
+        check_anonymous(&self.pages.mappings, range)?;
+        let second = match self.service.second() {
+            _ if self.inline.is_some() => return Ok(()),
+            Some(second) => second,
+            None if inline => self.open_second()?,
+            None => return Ok(()),
+        };
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            self.drain();
+            let changing = self.layout.change();
+            // A change of what was mapped here before must not be taken for one of what is mapped now.
+            if !self.pages.is_changing() && !second.pages.is_changing() {
+                let mode = self.mode_of(Watch::Changes);
+                let done = check_anonymous(&self.pages.mappings, range)
+                    .and_then(|()| second.hand_over(&self.pages, range, mode, inline));
+                drop(changing);
+                // Whoever waits at the old place looks again.
+                second.trap.wake(range);
+                self.pages.wake(range);
+                return done;
+            }
+            drop(changing);
+            if Instant::now() >= deadline {
+                let what = "the layout keeps changing";
+                return Err(Error::Busy { address: range.start(), what });
+            }
+            std::thread::yield_now();
         }
     }
 
@@ -272,7 +296,7 @@ impl Engine for UffdEngine {
         let deadline = Instant::now() + DEADLINE;
         loop {
             match memory::populate(range, write) {
-                Err(Error::Fault { .. }) if self.inline.is_some() && Instant::now() < deadline => {
+                Err(Error::Fault { .. }) if self.has_touchers() && Instant::now() < deadline => {
                     self.touch_absent(range)?;
                 }
                 done => return done,
@@ -281,10 +305,13 @@ impl Engine for UffdEngine {
     }
 
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
-        if self.can_move {
-            return self.pages.take(range, frame);
+        match self.service.second() {
+            _ if !self.can_move => self.take_by_copy(range, frame),
+            Some(second) => {
+                second.take(&self.pages, range, frame, self.mode_of(Watch::Absence))
+            }
+            None => self.pages.take(range, frame),
         }
-        self.take_by_copy(range, frame)
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {
@@ -296,7 +323,8 @@ impl Engine for UffdEngine {
 
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {
         let how = if self.can_move { how } else { Give::Copy };
-        self.after_exists(range, self.pages.give(range, frame, how))
+        let pages = self.pages_at(range.start());
+        self.after_exists(range, pages.give(range, frame, how))
     }
 
     fn zero(&self, page: VirtAddr, write: bool) -> Progress {
@@ -304,19 +332,21 @@ impl Engine for UffdEngine {
     }
 
     fn zero_run(&self, run: AddrRange, write: bool) -> Progress {
-        self.after_exists(run, self.pages.zero(run, write))
+        let pages = self.pages_at(run.start());
+        self.after_exists(run, pages.zero(run, write))
     }
 
     fn wake(&self, range: AddrRange) {
-        match &self.inline {
-            Some(inline) => inline.trap.wake(range),
-            None => self.pages.wake(range),
+        match (&self.inline, self.service.second()) {
+            (Some(inline), _) => inline.trap.wake(range),
+            (None, Some(second)) => second.wake(&self.pages, range),
+            (None, None) => self.pages.wake(range),
         }
     }
 
     fn poison(&self, page: VirtAddr) -> bool {
         // Without the ioctl, a signal is sent to whoever touches the page.
-        self.features & feature::POISON == 0 || self.pages.poison(page)
+        self.features & feature::POISON == 0 || self.pages_at(page).poison(page)
     }
 
     fn drain(&self) {
@@ -345,20 +375,29 @@ impl Engine for UffdEngine {
     }
 
     fn read(&self, addr: VirtAddr, out: &mut [u8]) -> Result<usize> {
-        if self.inline.is_none() {
-            return memory::read(addr, out);
+        let mut count = match &self.inline {
+            Some(_) => 0,
+            None => memory::read(addr, out).unwrap_or(0),
+        };
+        // What the kernel does not wait for, the toucher brings.
+        if count < out.len() && self.has_touchers() {
+            let (rest, from) = (&mut out[count..], addr.as_ptr().wrapping_add(count));
+            // SAFETY: `out` is the caller's; the other side is a part of the process that was asked for.
+            count += unsafe { copy::faulting(rest.as_mut_ptr(), from, rest.len()) };
         }
-        // SAFETY: `out` is the caller's; the other side is a part of the process that was asked for.
-        let count = unsafe { copy::faulting(out.as_mut_ptr(), addr.as_ptr(), out.len()) };
         memory::transferred(count as isize, addr, "nothing can be read there")
     }
 
     fn write(&self, addr: VirtAddr, data: &[u8]) -> Result<usize> {
-        if self.inline.is_none() {
-            return memory::write(addr, data);
+        let mut count = match &self.inline {
+            Some(_) => 0,
+            None => memory::write(addr, data).unwrap_or(0),
+        };
+        if count < data.len() && self.has_touchers() {
+            let (rest, to) = (&data[count..], addr.as_ptr().wrapping_add(count));
+            // SAFETY: `data` is the caller's; the other side is a part of the process that it asks to change.
+            count += unsafe { copy::faulting(to, rest.as_ptr(), rest.len()) };
         }
-        // SAFETY: `data` is the caller's; the other side is a part of the process that it asks to change.
-        let count = unsafe { copy::faulting(addr.as_ptr(), data.as_ptr(), data.len()) };
         memory::transferred(count as isize, addr, "nothing can be written there")
     }
 
@@ -382,9 +421,13 @@ impl Engine for UffdEngine {
             return if memory::populate(frames, true).is_ok() { frames.pages() } else { 0 };
         }
         let deadline = Instant::now() + DEADLINE;
+        let pages = match self.service.second() {
+            Some(second) if second.has_frame(frames.start()) => &second.pages,
+            _ => &self.pages,
+        };
         let mut done = 0;
         while done < frames.pages() {
-            let progress = self.pages.fill_frames(frames.sub(done, frames.pages() - done));
+            let progress = pages.fill_frames(frames.sub(done, frames.pages() - done));
             done += progress.pages;
             match progress.stop {
                 Stop::Done => {}
@@ -401,12 +444,17 @@ impl Engine for UffdEngine {
         let _ = memory::drop_pages(frames);
     }
 
-    fn check_ready(&self) -> Result<()> {
-        self.inline.as_ref().map_or(Ok(()), |inline| inline.trap.renew())
+    fn check_ready(&self, range: AddrRange) -> Result<()> {
+        match (&self.inline, self.service.second()) {
+            (Some(inline), _) => inline.trap.renew(),
+            (None, Some(second)) if second.ranges.overlaps(range) => second.trap.renew(),
+            _ => Ok(()),
+        }
     }
 
     fn is_service_thread(&self) -> bool {
         self.service.is_own_thread()
             || self.inline.as_ref().is_some_and(|inline| inline.trap.is_own_thread())
+            || self.service.second().is_some_and(|second| second.trap.is_own_thread())
     }
 }

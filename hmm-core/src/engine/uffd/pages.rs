@@ -160,6 +160,12 @@ impl Pages {
         abi::poison(&*self.descriptor, &mut request).is_ok()
     }
 
+    /// Whether a layout change of this descriptor's waits to be read.
+    pub(super) fn is_changing(&self) -> bool {
+        // Looked at first; a request of no length fails otherwise.
+        abi::copy(&*self.descriptor, &mut Transfer::default()) == Err(Errno::AGAIN)
+    }
+
     /// Parts of a range that lie in one kernel vma each.
     pub(super) fn pieces(&self, range: AddrRange) -> impl Iterator<Item = AddrRange> + '_ {
         let mut next = range.start();

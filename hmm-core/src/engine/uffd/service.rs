@@ -3,7 +3,10 @@
 //! Messages are read in small batches with the layout lock held for writing, and layout changes among them are applied
 //! before it is released. Only then are faults answered, from the state of the page as it is by now.
 
+mod both;
+
 use super::abi::{self, Message, Range};
+use super::second::Second;
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
 use crate::engine::trap::Trap;
@@ -13,7 +16,9 @@ use crate::engine::{
 use crate::error::{Error, Result};
 use crate::limits::{EVENT_BATCH, MIGRATIONS, REMOVE_GRACE, STUCK};
 use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use once_cell::sync::OnceCell;
+use both::Heard;
+use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -45,6 +50,8 @@ struct Common {
     layout: Shared<LayoutLock>,
     sink: RwLock<Option<Arc<dyn FaultSink>>>,
     stop: OwnedFd,
+    /// For ranges that are answered inline.
+    second: OnceCell<Shared<Second>>,
     /// pthread handles and kernel ids of the service threads.
     handles: [AtomicUsize; THREADS],
     ids: [AtomicU32; THREADS],
@@ -84,6 +91,7 @@ impl Service {
             layout,
             sink: RwLock::new(None),
             stop,
+            second: OnceCell::new(),
             handles: [const { AtomicUsize::new(0) }; THREADS],
             ids: [const { AtomicU32::new(0) }; THREADS],
             work: std::array::from_fn(|_| Work::default()),
@@ -141,6 +149,9 @@ impl Service {
 
     pub(super) fn stop(&self) {
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        if let Some(second) = self.second() {
+            let _ = rustix::io::write(&second.stop, &1_u64.to_ne_bytes());
+        }
         for thread in self.shared.threads.lock().drain(..) {
             // A panic on it has ended the process already.
             let _ = thread.join();
@@ -213,15 +224,10 @@ impl Common {
     fn serve(&self, work: &Work) {
         let mut missed = 0;
         loop {
-            let mut waiting = [
-                PollFd::new(&*self.descriptor, PollFlags::IN),
-                PollFd::new(&self.stop, PollFlags::IN),
-            ];
-            if rustix::event::poll(&mut waiting, None).is_err() {
-                continue;
-            }
-            if !waiting[1].revents().is_empty() {
-                return;
+            match self.wait_for_messages() {
+                Heard::Message => {}
+                Heard::Nothing => continue,
+                Heard::Stop => return,
             }
             // Every thread is woken for every fault, and most come too late. Queueing for the lock would make the one
             // that answers wait for them; so they look again, and queue only when the lock stays taken.
@@ -245,12 +251,11 @@ impl Common {
         self.prepare(number, None);
         let mut reported = 0;
         loop {
-            let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
-            let pause = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
-            if matches!(rustix::event::poll(&mut stop, Some(&pause)), Ok(1..)) {
+            if self.pause() {
                 return;
             }
-            trap.into_iter().for_each(Trap::look_after);
+            let beside = self.second.get().map(|second| &*second.trap);
+            trap.into_iter().chain(beside).for_each(Trap::look_after);
             let stuck = self.stuck(number);
             if stuck.count > 0 && stuck.address != reported {
                 reported = stuck.address;
@@ -320,8 +325,11 @@ impl Common {
         messages: &mut [Message; EVENT_BATCH],
         changing: RwLockWriteGuard<'_, ()>,
     ) -> usize {
+        if let Some(second) = self.second.get() {
+            return self.read_and_apply_both(second, sink, messages, changing);
+        }
         let mut tickets: [Option<MapTicket>; EVENT_BATCH] = [const { None }; EVENT_BATCH];
-        let count = self.read(messages);
+        let count = read(&self.descriptor, messages);
         for (message, ticket) in messages[..count].iter().zip(&mut tickets) {
             let event = map_event(message).filter(|event| !self.is_own_drop(event));
             *ticket = event.map(|event| sink.on_map_event(event));
@@ -345,14 +353,6 @@ impl Common {
             lost::send(fault.thread, fault.addr);
         }
         self.wake(fault.addr);
-    }
-
-    fn read(&self, messages: &mut [Message; EVENT_BATCH]) -> usize {
-        let size = size_of_val(messages);
-        let start = messages.as_mut_ptr().cast::<u8>();
-        // SAFETY: the array is plain data of `size` bytes without padding; every bit pattern is valid for it.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(start, size) };
-        rustix::io::read(&*self.descriptor, bytes).unwrap_or(0) / size_of::<Message>()
     }
 
     fn fault(&self, message: &Message) -> FaultEvent {
@@ -401,6 +401,14 @@ impl Common {
         let mut range = Range { start: page.start().get(), len: page.len() };
         let _ = abi::wake(&*self.descriptor, &mut range);
     }
+}
+
+fn read(descriptor: &OwnedFd, messages: &mut [Message; EVENT_BATCH]) -> usize {
+    let size = size_of_val(messages);
+    let start = messages.as_mut_ptr().cast::<u8>();
+    // SAFETY: the array is plain data of `size` bytes without padding; every bit pattern is valid for it.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(start, size) };
+    rustix::io::read(descriptor, bytes).unwrap_or(0) / size_of::<Message>()
 }
 
 fn map_event(message: &Message) -> Option<MapEvent> {

@@ -1,0 +1,81 @@
+//! What answering in the toucher's handler of SIGBUS adds to a descriptor.
+
+use super::service::Service;
+use crate::addr::AddrRange;
+use crate::arena::Shared;
+use crate::engine::linux::Mappings;
+use crate::engine::trap::{Access, Claim, Owner, Signal, Trap};
+use crate::engine::{Mapping, VmaKind};
+use crate::error::{Error, Result};
+use std::ptr::NonNull;
+
+/// A trap with what stands behind it.
+#[derive(Debug)]
+pub(super) struct Inline {
+    pub(super) trap: Shared<Trap>,
+    /// Behind the trap.
+    _owner: Shared<Toucher>,
+}
+
+/// Tells whose a SIGBUS is.
+struct Toucher {
+    mappings: Mappings,
+    service: Service,
+}
+
+impl Owner for Toucher {
+    /// Only userfaultfd makes an access to private anonymous memory end so.
+    fn claim(&self, access: &Access) -> Claim {
+        let page = access.addr.page();
+        match self.mappings.at(page) {
+            _ if access.signal == Signal::Segv => Claim::Stranger,
+            Ok(Some(mapping))
+                if mapping.kind == VmaKind::Anonymous && mapping.range.contains(page) =>
+            {
+                Claim::Mine
+            }
+            _ => Claim::Stranger,
+        }
+    }
+
+    fn drain(&self) {
+        self.service.drain();
+    }
+}
+
+impl Inline {
+    pub(super) fn new(service: Service) -> Result<Self> {
+        let no_memory = || Error::NoMemory { what: "the engine's state" };
+        let toucher = Toucher { mappings: Mappings::open()?, service };
+        let owner = Shared::new(toucher).ok_or_else(no_memory)?;
+        let behind: NonNull<dyn Owner> = NonNull::from(&*owner);
+        // SAFETY: the owner lies in the arena, and lives as long as this value, which outlives the trap's stop.
+        let trap = unsafe { Trap::new(behind, &[Signal::Bus, Signal::Segv])? };
+        Ok(Self { trap, _owner: owner })
+    }
+}
+
+impl std::fmt::Debug for Toucher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Toucher")
+    }
+}
+
+/// Whether every page of a range is private anonymous memory.
+///
+/// # Errors
+/// `Invalid` at the first page that is not.
+pub(super) fn check_anonymous(mappings: &Mappings, range: AddrRange) -> Result<()> {
+    let mut next = range.start();
+    while next < range.end() {
+        let is_good = |one: &Mapping| one.range.contains(next) && one.kind == VmaKind::Anonymous;
+        match mappings.at(next)?.filter(is_good) {
+            Some(mapping) => next = mapping.range.end(),
+            None => {
+                let what = "only mapped, private anonymous memory can be answered inline";
+                return Err(Error::Invalid { address: next, what });
+            }
+        }
+    }
+    Ok(())
+}
