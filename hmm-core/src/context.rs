@@ -1,5 +1,6 @@
 //! The composition root: which engine runs, and the mm of this process.
 
+use crate::addr::PAGE_SIZE;
 use crate::engine::Engine;
 use crate::engine::mixed::MixedEngine;
 use crate::engine::signal::SignalEngine;
@@ -38,6 +39,7 @@ impl EngineKind {
     /// # Errors
     /// `Unsupported` with the reason, and what would help.
     pub fn open(self) -> Result<Arc<dyn Engine>> {
+        check_page_size()?;
         Ok(match self {
             Self::Uffd => MixedEngine::open(UffdEngine::open()?),
             Self::UffdInline => MixedEngine::open(UffdEngine::open_inline()?),
@@ -82,6 +84,15 @@ fn wished() -> Result<(Vec<EngineKind>, bool)> {
         format!("HMM_ENGINE={wish}: unknown engine; use auto, uffd, uffd-inline or signal")
     };
     Err(Error::Unsupported { what })
+}
+
+fn check_page_size() -> Result<()> {
+    match rustix::param::page_size() {
+        PAGE_SIZE => Ok(()),
+        size => Err(Error::Unsupported {
+            what: format!("this kernel's pages have {size} bytes; the library knows {PAGE_SIZE}"),
+        }),
+    }
 }
 
 /// Under Valgrind, registers are wrong after a signal handler unless it is told to keep them: nobody gets that unasked.

@@ -1,9 +1,13 @@
 //! Everything at once on one region: CPU threads count, device threads count, system calls read and write, and pages
 //! migrate both ways all the while. Every counter must end right.
 //!
-//! The short form runs in `make test`; `HMM_STRESS=long` asks for five million page migrations.
+//! The short form runs in `make test`; `HMM_STRESS=long` asks for five million page migrations. What answers touches in
+//! signal handlers is tried as well, in children of their own, with a million.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may stop")]
 
+mod driver;
+
+use driver::{Variables, is_child, on_each};
 use hmm_core::{AddrRange, Counters, Mm, PAGE_SIZE};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
 use hmm_tests::{Capabilities, Region, hold, mm_or_skip};
@@ -28,10 +32,12 @@ struct Plan {
 
 impl Plan {
     fn from_environment() -> Self {
-        if std::env::var("HMM_STRESS").as_deref() == Ok("long") {
-            Self { migrations: 5_000_000, limit: Duration::from_secs(900) }
-        } else {
-            Self { migrations: 60_000, limit: Duration::from_secs(60) }
+        let is_long = std::env::var("HMM_STRESS").as_deref() == Ok("long");
+        match (is_long, is_child()) {
+            (true, false) => Self { migrations: 5_000_000, limit: Duration::from_secs(900) },
+            (true, true) => Self { migrations: 1_000_000, limit: Duration::from_secs(900) },
+            (false, false) => Self { migrations: 60_000, limit: Duration::from_secs(60) },
+            (false, true) => Self { migrations: 30_000, limit: Duration::from_secs(60) },
         }
     }
 }
@@ -145,6 +151,30 @@ fn sum(region: &Region, index: usize) -> u64 {
 
 #[test]
 fn every_counter_ends_right_while_pages_migrate() {
+    stress();
+}
+
+fn stress_in_a_child(test: &str, variables: &Variables) {
+    if is_child() {
+        return stress();
+    }
+    let limit = Plan::from_environment().limit + Duration::from_secs(20);
+    on_each(test, limit, &[variables], |ended| assert!(ended.is_good(), "{ended:?}"));
+}
+
+#[test]
+fn every_counter_ends_right_in_a_stress_of_the_signal_engine() {
+    let test = "every_counter_ends_right_in_a_stress_of_the_signal_engine";
+    stress_in_a_child(test, &[("HMM_ENGINE", "signal")]);
+}
+
+#[test]
+fn every_counter_ends_right_in_a_stress_of_inline_userfaultfd() {
+    let test = "every_counter_ends_right_in_a_stress_of_inline_userfaultfd";
+    stress_in_a_child(test, &[("HMM_ENGINE", "uffd-inline")]);
+}
+
+fn stress() {
     let mm: Arc<Mm> = mm_or_skip!();
     let plan = Plan::from_environment();
     let config = SoftConfig {

@@ -104,7 +104,7 @@ fn touches_are_answered_on_any_stack() {
     let (card, region) = (Card::new(&mm, 8), filled(8));
     for is_safe in [false, true] {
         card.driver.signal_safe.store(is_safe, Ordering::SeqCst);
-        for stack in [0, 32 << 10, 8 << 10, smallest_stack() + 1024] {
+        for stack in [0, 32 << 10, 8 << 10, smallest_stack() + 2048] {
             for depth in [0, 100 << 10, 200 << 10] {
                 touch_on(stack, depth, &card, &region);
             }

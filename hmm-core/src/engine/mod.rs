@@ -313,7 +313,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// reason.
     fn answer_inline(&self, _range: AddrRange, _inline: bool) -> Result<()> {
         let name = self.name();
-        let what = format!("the {name} engine answers all touches alike; inline ranges need userfaultfd");
+        let what =
+            format!("the {name} engine answers all touches alike; inline ranges need userfaultfd");
         Err(Error::Unsupported { what })
     }
     /// Whether the calling thread is one of the engine's own (it must then never wait for the others).

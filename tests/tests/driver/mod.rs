@@ -66,7 +66,8 @@ fn run(hook: &Mutex<Option<Hook>>) {
 }
 
 impl Driver {
-    fn frame(&self, page: Pfn) -> *mut u8 {
+    /// Where the device has a page.
+    pub(crate) fn frame(&self, page: Pfn) -> *mut u8 {
         let index = page.get() - self.first.get().unwrap().get();
         std::ptr::with_exposed_provenance_mut(self.memory.page_addr(index as usize) as usize)
     }

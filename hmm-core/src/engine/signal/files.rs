@@ -20,6 +20,15 @@ impl Protector {
         }
     }
 
+    /// Whether a page lies in a private file mapping.
+    pub(super) fn is_of_file(&self, page: VirtAddr) -> bool {
+        matches!(
+            self.mappings.at(page),
+            Ok(Some(mapping))
+                if mapping.kind == VmaKind::PrivateFile && mapping.range.contains(page)
+        )
+    }
+
     /// The pages of a part from its start on that the file has; `None` where it ends already.
     pub(super) fn within_file(&self, state: &State, part: AddrRange) -> Option<AddrRange> {
         if memory::populate(part, false).is_ok() {
@@ -131,6 +140,9 @@ impl Protector {
         }
         if before.poisoned.contains(from) {
             state.poisoned.insert(to);
+        }
+        if before.of_file.contains(from) {
+            state.of_file.insert(to);
         }
         state.whole |= before.whole;
     }

@@ -17,6 +17,8 @@ pub(super) struct State {
     pub(super) poisoned: PageSet,
     /// Of those that are away: what they had was dropped, and a mark was left in its place.
     pub(super) marked: PageSet,
+    /// Of those that are hidden: pages of private file mappings.
+    pub(super) of_file: PageSet,
     /// Hidden as a whole, or as good: accessible again only as a whole, since mappings are short.
     pub(super) whole: bool,
 }
@@ -76,6 +78,7 @@ impl Hidden {
     pub(super) fn set(&self, state: &mut State, hidden: PageSet) {
         let (before, after) = (state.hidden.runs(), hidden.runs());
         state.hidden = hidden;
+        state.of_file = state.of_file.without(&state.of_file.without(&hidden));
         self.runs.fetch_add(after, Ordering::Relaxed);
         self.runs.fetch_sub(before, Ordering::Relaxed);
     }

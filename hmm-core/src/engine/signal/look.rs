@@ -78,9 +78,26 @@ impl Protector {
         kind
     }
 
+    /// Whether hidden pages are still inaccessible, and of the kind that they were.
+    fn is_same_kind(&self, state: &State, run: AddrRange) -> bool {
+        let mut next = run.start();
+        while next < run.end() {
+            let Ok(Some(mapping)) = self.mappings.at(next) else { return false };
+            let piece = mapping.range.intersect(run).filter(|piece| piece.start() == next);
+            let Some(piece) = piece.filter(|_| mapping.protection.is_empty()) else { return false };
+            let is_file = mapping.kind == VmaKind::PrivateFile;
+            let mut slots = (0..piece.pages()).map(|page| piece.page_at(page).index_in_leaf());
+            if slots.any(|slot| state.of_file.contains(slot) != is_file) {
+                return false;
+            }
+            next = piece.end();
+        }
+        true
+    }
+
     /// Whether nothing happened to a run of pages behind our back: they are inaccessible, and what was marked still is.
     pub(super) fn is_intact(&self, state: &State, run: AddrRange) -> bool {
-        if !self.is_ours(run) {
+        if !self.is_same_kind(state, run) {
             return false;
         }
         let mut intact = true;
@@ -163,7 +180,7 @@ impl Protector {
             return false;
         }
         let was_away = state.away.contains(slot) || state.poisoned.contains(slot);
-        let dropped = self.is_ours(page);
+        let dropped = self.is_same_kind(state, page);
         self.forget(state, page);
         if dropped && protect(page, READ_WRITE).is_err() {
             // Mappings are short: it is shown with the others of its leaf.

@@ -144,6 +144,9 @@ impl Protector {
             return Err(Stop::WithLeaf);
         }
         state.away.insert_pages(part);
+        if taking.is_file {
+            state.of_file.insert_pages(target);
+        }
         let copied = self.hide_and_copy(target, taking);
         if copied.is_err() {
             let kept = before.hidden;
@@ -160,6 +163,7 @@ impl Protector {
             }
             self.hidden.set(state, kept);
             (state.away, state.whole) = (before.away, before.whole);
+            state.of_file = before.of_file;
         }
         copied
     }
@@ -177,11 +181,7 @@ impl Protector {
         AddrRange::from_bounds(start.get(), end.get())
     }
 
-    fn hide_and_copy(
-        &self,
-        target: AddrRange,
-        taking: &Taking,
-    ) -> std::result::Result<(), Stop> {
+    fn hide_and_copy(&self, target: AddrRange, taking: &Taking) -> std::result::Result<(), Stop> {
         let Some(memory) = &self.memory else {
             // Stores wait from here on, and the copy is read as everybody reads.
             protect(target, MprotectFlags::READ)?;
@@ -309,7 +309,7 @@ impl Protector {
         for page in 0..part.pages() {
             let slot = part.page_at(page).index_in_leaf();
             hidden.remove(slot);
-            [&mut state.away, &mut state.marked, &mut state.poisoned]
+            [&mut state.away, &mut state.marked, &mut state.poisoned, &mut state.of_file]
                 .into_iter()
                 .for_each(|set| set.remove(slot));
         }
@@ -338,6 +338,9 @@ impl Protector {
         state.poisoned.insert(slot);
         state.away.remove(slot);
         state.marked.remove(slot);
+        if self.is_of_file(page) {
+            state.of_file.insert(slot);
+        }
         let mut hidden = state.hidden;
         hidden.insert(slot);
         self.hidden.set(state, hidden);

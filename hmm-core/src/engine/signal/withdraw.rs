@@ -38,11 +38,7 @@ impl Protector {
         stopped(done, if done == range.pages() { Stop::Done } else { Stop::Refused })
     }
 
-    fn drop_and_mark(
-        &self,
-        state: &mut State,
-        part: AddrRange,
-    ) -> std::result::Result<(), Errno> {
+    fn drop_and_mark(&self, state: &mut State, part: AddrRange) -> std::result::Result<(), Errno> {
         match &self.memory {
             Some(memory) => memory::drop_pages(part).map(|()| mark(memory, state, part)),
             None => replace_by_marks(part).map(|()| state.marked.insert_pages(part)),

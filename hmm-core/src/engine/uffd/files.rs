@@ -31,10 +31,7 @@ impl UffdEngine {
     }
 
     /// Populates frames; some may be there already. The layout lock is held.
-    pub(in crate::engine) fn fill_held(
-        &self,
-        frames: AddrRange,
-    ) -> std::result::Result<(), Stop> {
+    pub(in crate::engine) fn fill_held(&self, frames: AddrRange) -> std::result::Result<(), Stop> {
         let pages = self.pages_of_frame(frames.start());
         let mut done = 0;
         while done < frames.pages() {

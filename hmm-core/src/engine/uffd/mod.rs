@@ -307,9 +307,7 @@ impl Engine for UffdEngine {
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
         match self.service.second() {
             _ if !self.can_move => self.take_by_copy(range, frame),
-            Some(second) => {
-                second.take(&self.pages, range, frame, self.mode_of(Watch::Absence))
-            }
+            Some(second) => second.take(&self.pages, range, frame, self.mode_of(Watch::Absence)),
             None => self.pages.take(range, frame),
         }
     }

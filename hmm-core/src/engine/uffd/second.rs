@@ -109,8 +109,7 @@ impl Second {
     fn register_pieces(&self, first: &Pages, part: AddrRange, mode: u64) -> Done {
         for piece in self.pages.pieces(part) {
             let inline = self.ranges.contains(piece.start());
-            let (known, other) =
-                if inline { (&self.pages, first) } else { (first, &self.pages) };
+            let (known, other) = if inline { (&self.pages, first) } else { (first, &self.pages) };
             match known.register(piece, mode) {
                 Err(Errno::BUSY) => other.register(piece, mode)?,
                 done => {

@@ -16,8 +16,8 @@ use crate::engine::{
 use crate::error::{Error, Result};
 use crate::limits::{EVENT_BATCH, MIGRATIONS, REMOVE_GRACE, STUCK};
 use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
-use once_cell::sync::OnceCell;
 use both::Heard;
+use once_cell::sync::OnceCell;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use std::sync::Arc;
