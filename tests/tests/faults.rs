@@ -231,10 +231,12 @@ fn locking_memory_brings_it_home_and_keeps_it() {
     let (card, region) = (Card::new(&mm, 16), filled(16));
     assert_eq!(card.all_to_device(region.range()), 16);
     let start = region.as_ptr().cast();
+    let held = hold(&mm, Capabilities::KERNEL_FAULTS, region.range(), true);
     // SAFETY: the region is mapped.
     if unsafe { libc::mlock(start, region.len()) } != 0 {
         hmm_tests::skip!("mlock is refused with errno {}", last_errno());
     }
+    drop(held);
     assert!((0..16).all(|page| present(region.page_addr(page))));
     assert_eq!(card.to_device(region.range()).unwrap(), 0);
     assert!(is_whole(&region));

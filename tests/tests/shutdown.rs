@@ -3,7 +3,7 @@
 
 mod driver;
 
-use driver::{Card, Ended, child_of, is_child, on_device};
+use driver::{Card, Ended, child_of, is_child, on_device, on_each};
 use hmm_core::{Error, Mm, PfnEntry, RangeRequest, Residency, VirtAddr};
 use hmm_tests::{Region, mm_or_skip};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -176,7 +176,9 @@ fn a_fault_callback_that_touches_migrated_memory_is_named() {
 #[test]
 fn nobody_is_told_why_it_does_not_work() {
     if !is_child() {
-        return good_child("nobody_is_told_why_it_does_not_work");
+        let test = "nobody_is_told_why_it_does_not_work";
+        let well = |ended: &Ended| assert!(ended.is_good(), "{ended:?}");
+        return on_each(test, Duration::from_secs(4), &[&[("HMM_ENGINE", "uffd")]], well);
     }
     // SAFETY: no pointers; the process gives up its rights for good.
     if unsafe { libc::setgid(65534) != 0 || libc::setuid(65534) != 0 } {

@@ -36,6 +36,7 @@ const UNSAFE: &[&str] = &[
     "hmm-core/src/engine/threads.rs",
     "hmm-core/src/engine/trap/",
     "hmm-core/src/engine/uffd/abi.rs",
+    "hmm-core/src/engine/uffd/inline.rs",
     "hmm-core/src/engine/uffd/mod.rs",
     "hmm-core/src/engine/uffd/open.rs",
     "hmm-core/src/engine/uffd/service.rs",

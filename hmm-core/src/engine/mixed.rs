@@ -123,15 +123,19 @@ impl MixedEngine {
         if !self.in_use() {
             return stopped(Stop::Refused);
         }
-        let frames = AddrRange::from_bounds(frame.get(), frame.get() + range.len());
+        let Some(within) = self.files.within_file(range) else { return stopped(Stop::Busy) };
+        let frames = AddrRange::from_bounds(frame.get(), frame.get() + within.len());
         // A touch of an absent frame would wait for a reader, and readers wait for the layout lock.
         if let Err(stop) = self.uffd.fill_held(frames) {
             return stopped(stop);
         }
-        let taken = self.files.take(range, frame);
+        let mut taken = self.files.take(within, frame);
         if taken.pages > 0 && self.uffd.is_changing(range.start()) {
             self.files.put_back(range.sub(0, taken.pages));
             return stopped(Stop::Retry);
+        }
+        if taken.stop == Stop::Done && within != range {
+            taken.stop = Stop::Busy;
         }
         taken
     }

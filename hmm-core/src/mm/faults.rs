@@ -235,10 +235,10 @@ impl Mm {
     }
 
     fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
-        let mut count = 0;
+        // A driver brings neighbours too, so they are counted before the first call.
+        let leaves = self.table.leaves(range);
+        let count = leaves.map(|leaf| self.pages_on_device(leaf, range, wanted)).sum();
         for leaf in self.table.leaves(range) {
-            // A driver brings neighbours too, so they are counted before the first call.
-            count += self.pages_on_device(leaf, range, wanted);
             for addr in super::layout::pages_of(leaf, range) {
                 // For each page: a slow device that gets further is not stuck.
                 let deadline = Instant::now() + DEADLINE;

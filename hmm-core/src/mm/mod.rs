@@ -370,8 +370,10 @@ impl PresentGuard {
 
 impl Drop for PresentGuard {
     fn drop(&mut self) {
-        // It was inserted when the guard was made.
-        let _ = self.mm.pins.remove(self.range);
+        // It was inserted when the guard was made. In a forked child its list may be locked for ever, and means nothing.
+        if !self.mm.is_inherited() {
+            let _ = self.mm.pins.remove(self.range);
+        }
     }
 }
 

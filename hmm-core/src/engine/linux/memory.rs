@@ -99,6 +99,9 @@ fn touch_all(range: AddrRange, write: bool) -> Result<()> {
     for address in (0..range.pages()).map(|page| range.page_at(page)) {
         match touch(address, write) {
             Ok(()) => {}
+            Err(Errno::FAULT) if write && touch(address, false).is_ok() => {
+                return Err(Error::Permission { address, what: "the mapping forbids the access" });
+            }
             Err(Errno::FAULT) => {
                 return Err(Error::Fault { address, what: "the page cannot be had" });
             }

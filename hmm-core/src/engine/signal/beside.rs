@@ -50,6 +50,21 @@ impl SignalEngine {
         self.touch_hidden(range)
     }
 
+    /// The pages from the start on that the file of a mapping has.
+    pub(in crate::engine) fn within_file(&self, range: AddrRange) -> Option<AddrRange> {
+        let protector = &self.common.protector;
+        let mut pages = 0;
+        for part in range.by_leaf() {
+            let leaf = protector.hidden.leaf_or_new(part.start())?;
+            let within = protector.within_file(&leaf.lock(), part);
+            pages += within.map_or(0, |within| within.pages());
+            if within != Some(part) {
+                break;
+            }
+        }
+        (pages > 0).then(|| range.sub(0, pages))
+    }
+
     /// Undoes a take of which nothing was withdrawn.
     pub(in crate::engine) fn put_back(&self, range: AddrRange) {
         self.common.protector.put_back(range);

@@ -41,7 +41,10 @@ impl Protector {
     fn drop_and_mark(&self, state: &mut State, part: AddrRange) -> std::result::Result<(), Errno> {
         match &self.memory {
             Some(memory) => memory::drop_pages(part).map(|()| mark(memory, state, part)),
-            None => replace_by_marks(part).map(|()| state.marked.insert_pages(part)),
+            // A locked mapping refuses the drop, and would lose its lock when it is replaced.
+            None => memory::drop_pages(part)
+                .and_then(|()| replace_by_marks(part))
+                .map(|()| state.marked.insert_pages(part)),
         }
     }
 }
