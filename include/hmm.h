@@ -875,6 +875,55 @@ bool hmm_mm_peek(struct mm_struct *mm, const void *addr, void *buffer, size_t le
 bool hmm_mm_poke(struct mm_struct *mm, void *addr, const void *buffer, size_t length);
 
 /**
+ * Lets whoever touches an absent page of a range bring it home itself, in a handler of SIGBUS,
+ * instead of waiting for a service thread: the fastest way there is.
+ *
+ * For memory that the program never hands to the kernel while pages of it may be away, on an
+ * engine that otherwise serves the kernel ("uffd"). System calls on absent pages of the range fail
+ * with EFAULT from now on (on holes too, once pages of the range have migrated): keep what they
+ * use present with hmm_guard(). Threads that touch it must not block SIGBUS, and the program must
+ * not replace the handler. Exactly this range changes; the kernel cuts the mapping at its borders,
+ * and mremap() moves what lies between two borders, not across one. What is unmapped is forgotten.
+ *
+ * Pages on devices come home first. Calling it again changes nothing; where everything is answered
+ * so anyway ("uffd-inline") only the arguments are checked.
+ *
+ * @param mm      The address space.
+ * @param addr    Start of the first page.
+ * @param length  Bytes, a multiple of the page size, not 0.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, a bad range, or something else than mapped, private anonymous
+ *    memory of the program is in it;
+ *  - -EBUSY: a page did not come home, or another userfaultfd of the process has the range;
+ *  - -EIO: a device lost a page;
+ *  - -ENOMEM: more than 4096 separate ranges, or too many mappings;
+ *  - -EDEADLK: called from a callback;
+ *  - -EOPNOTSUPP: an engine without userfaultfd, or the program ignores SIGBUS or SIGSEGV;
+ *  - -ENODEV: closed.
+ *    Of a longer range, a part may have changed then.
+ *
+ * Context: any thread, but not inside a callback; may block; calls invalidation, fault and free
+ * callbacks.
+ * Source: ours.
+ */
+int hmm_mm_inline_range(struct mm_struct *mm, const void *addr, size_t length);
+
+/**
+ * Undoes hmm_mm_inline_range() on a range, or a part of one: touches are answered as the engine
+ * answers by itself, and system calls wait for absent pages again where the engine has
+ * HMM_CAPABILITY_KERNEL_FAULTS.
+ *
+ * @param mm      The address space.
+ * @param addr    Start of the first page.
+ * @param length  Bytes, a multiple of the page size, not 0.
+ * @return As hmm_mm_inline_range().
+ *
+ * Context: as hmm_mm_inline_range().
+ * Source: ours.
+ */
+int hmm_mm_blocking_range(struct mm_struct *mm, const void *addr, size_t length);
+
+/**
  * Brings a range home and keeps it in system memory until it is unpinned.
  *
  * For memory that a driver's callbacks touch, or that they hold a lock over: the driver's

@@ -1,9 +1,12 @@
 //! `struct mm_struct`: the address space of this process, its engine and plain accesses.
 
 // The path is where the module would be anyway; the header's generator needs it to find the file.
+#[path = "mm/inline.rs"]
+mod inline;
 #[path = "mm/present.rs"]
 mod present;
 
+pub use inline::*;
 pub use present::*;
 
 use crate::handle::{Opaque, Table, check_pointer, invalid, lock};

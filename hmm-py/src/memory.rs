@@ -109,6 +109,11 @@ impl Memory {
         AddrRange::covering(self.address, self.bytes).map(Some)
     }
 
+    /// The pages of the memory, which must be whole ones.
+    pub(crate) fn whole_pages(&self) -> hmm_core::Result<AddrRange> {
+        AddrRange::new(self.address, self.address.saturating_add(self.bytes))
+    }
+
     /// Checks that the device may write there.
     pub(crate) fn writable(&self, name: &str) -> PyResult<()> {
         if self.read_only {

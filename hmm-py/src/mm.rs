@@ -128,6 +128,23 @@ impl Mm {
         Guard::new(py, &self.inner, memory, write)
     }
 
+    /// Lets whoever touches memory that is away bring it home itself, in a handler of SIGBUS: the fastest way there is.
+    /// For whole pages (a `mmap` object, say) that are never handed to system calls while they may be away: those fail
+    /// with `EFAULT` (see `guard`). On the engine `"uffd-inline"` all memory is so.
+    ///
+    /// Raises `hmm.Error`: `EINVAL` unless it is whole pages of private anonymous memory, `EOPNOTSUPP` on engines without
+    /// userfaultfd, `EBUSY` when a page does not come home in time, `EIO` when a device lost one.
+    fn inline_range(&self, py: Python<'_>, memory: Memory) -> PyResult<()> {
+        detached(py, || self.inner.inline_range(memory.whole_pages()?))
+    }
+
+    /// Undoes `inline_range` on memory, or on a part of it.
+    ///
+    /// Raises `hmm.Error` as `inline_range` does.
+    fn blocking_range(&self, py: Python<'_>, memory: Memory) -> PyResult<()> {
+        detached(py, || self.inner.blocking_range(memory.whole_pages()?))
+    }
+
     /// Brings the memory home and keeps it there until the `Pin` that is returned goes.
     ///
     /// Raises `hmm.Error`: `ENOMEM` with too many pins, `EBUSY` when a page does not come home in time.

@@ -14,7 +14,7 @@ use hmm_tests::{Capabilities, Region, hold, lack, mm_or_skip, needs, present};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const WORDS: usize = PAGE_SIZE / 8;
 
@@ -74,14 +74,15 @@ fn many_threads_on_one_page_bring_it_home_once() {
         });
         assert!(is_whole(&region));
         // A thread may see the page before the migration that brought it is over, and so counted.
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while mm.counters().migrated_to_system == before && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
-        assert_eq!(mm.counters().migrated_to_system, before + 1);
+        assert!(card.settles_at(0));
+        // None: a message of the round before was answered late, and brought the page home before anybody touched it.
+        assert!(mm.counters().migrated_to_system - before <= 1);
     }
-    assert!(card.settles_at(0));
-    assert_eq!(card.driver.frees.load(Ordering::SeqCst), 20);
+    let counters = mm.counters();
+    assert!(counters.migrated_to_device >= 20);
+    assert_eq!(counters.migrated_to_device, counters.migrated_to_system);
+    assert_eq!(card.driver.frees.load(Ordering::SeqCst) as u64, counters.migrated_to_device);
+    assert_eq!(card.driver.double_frees.load(Ordering::SeqCst), 0);
 }
 
 /// Each system call reads or writes one page of `region` that is on the device.

@@ -7,6 +7,7 @@ use driver::{Card, child_of, is_child, on_device};
 use hmm_core::{AddrRange, Mm, PAGE_SIZE, Residency, VirtAddr};
 use hmm_tests::{Region, mm_or_skip, needs};
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -256,7 +257,8 @@ fn pages_on_a_device_move_with_their_mapping() {
     let mut mapped = Mapped::private(&file, 600);
     (0..600).for_each(|page| mapped.set(page * WORDS + 1, page as u64));
     assert_eq!(card.all_to_device(mapped.range()), 600);
-    let elsewhere = Region::new(600);
+    // Where its pages were, the mapping is unmapped in its place.
+    let elsewhere = ManuallyDrop::new(Region::new(600));
     let (len, to) = (600 * PAGE_SIZE, elsewhere.as_ptr().cast::<libc::c_void>());
     // SAFETY: the mapping takes the place of the region, which is not used any more.
     let moved = unsafe {
@@ -264,7 +266,6 @@ fn pages_on_a_device_move_with_their_mapping() {
         libc::mremap(mapped.start(), len, len, flags, to)
     };
     assert_eq!(moved, to);
-    std::mem::forget(elsewhere);
     mapped.addr = moved.expose_provenance();
     assert_eq!(on_device(&mm, mapped.range()), 600);
     mapped.change_on_device(&card, 300, 5);
@@ -340,7 +341,9 @@ fn anonymous_neighbours_keep_to_themselves() {
     let (card, file) = (Card::new(&mm, 64), memory_file(16 * PAGE_SIZE));
     let region = Region::new(48);
     let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+    // It lies in the region, which is unmapped whole.
     let mapped = Mapped::with(&file, 16, READ_WRITE, flags, region.page_addr(16));
+    let mapped = ManuallyDrop::new(mapped);
     assert_eq!(card.all_to_device(mapped.range()), 16);
     assert_eq!(card.all_to_device(region.part(0, 16)), 16);
     card.to_system(mapped.range()).unwrap();
@@ -356,8 +359,6 @@ fn anonymous_neighbours_keep_to_themselves() {
     mm.guard(region.range(), false).map(drop).unwrap();
     assert!(mm.peek(region.range().start(), &mut both));
     assert_eq!(both[16 * PAGE_SIZE..][..8], pattern(0).to_ne_bytes());
-    // The file lies in the region, which is unmapped whole.
-    std::mem::forget(mapped);
 }
 
 #[test]
@@ -444,4 +445,46 @@ fn a_page_of_a_file_that_its_device_lost_gives_sigbus() {
     assert!(mapped.is_as_file(0..2));
     let _ = mapped.get(2 * WORDS);
     panic!("nothing of it is left");
+}
+
+#[test]
+fn files_that_are_dropped_and_mapped_anew_while_they_migrate_are_never_stale() {
+    const PAGES: usize = 32;
+    let mm = mm_or_skip!();
+    needs!(mm, PRIVATE_FILES);
+    needs!(mm, EVENTS);
+    let (card, file) = (Card::new(&mm, 2 * PAGES), memory_file(PAGES * PAGE_SIZE));
+    let mapped = Mapped::private(&file, PAGES);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let changer = scope.spawn(|| {
+            let mut round = 0;
+            while !stop.load(Ordering::Relaxed) {
+                round += 1;
+                (0..PAGES).for_each(|page| mapped.set(page * WORDS + 5, round));
+                assert!((0..PAGES).all(|page| mapped.get(page * WORDS + 5) == round));
+                if round % 3 == 0 {
+                    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+                    let at = mapped.addr as u64;
+                    // The new mapping is unmapped by who made the old one.
+                    let _ = ManuallyDrop::new(Mapped::with(&file, PAGES, READ_WRITE, flags, at));
+                } else {
+                    mapped.advise(libc::MADV_DONTNEED);
+                }
+                let stale = (0..PAGES * WORDS).find(|word| mapped.get(*word) != pattern(*word));
+                assert_eq!(stale, None, "round {round}");
+            }
+            round
+        });
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(2) && !changer.is_finished() {
+            card.to_device(mapped.range()).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(changer.join().unwrap() > 3);
+    });
+    mm.sync();
+    card.to_system(mapped.range()).unwrap();
+    assert!(card.settles_at(0) && is_untouched(&file));
+    assert_eq!(card.driver.double_frees.load(Ordering::SeqCst), 0);
 }

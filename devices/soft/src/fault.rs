@@ -12,7 +12,7 @@ use crate::table::{Place, Translation};
 use hmm_core::limits::{DEADLINE, RANGE_DEADLINE};
 use hmm_core::{
     Access, AddrRange, Error, PAGE_SIZE, Pfn, PfnEntry, PfnFlags, Protection, RangeRequest, Result,
-    VirtAddr, Vma, VmaKind,
+    VirtAddr, Vma,
 };
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -89,7 +89,7 @@ impl Driver {
             self.pull(window, &vma)?;
         } else if first
             && self.state.settings.policy() == Policy::OnTouch
-            && vma.kind == VmaKind::Anonymous
+            && vma.can_migrate()
         {
             // Best effort, and once for each access: what does not come is used where it is.
             self.make_room(window.pages());
@@ -129,10 +129,10 @@ impl Driver {
         if self.state.settings.policy() == Policy::Never {
             return Err(never());
         }
-        if vma.kind != VmaKind::Anonymous {
+        if !vma.can_migrate() {
             return Err(Error::Unsupported {
                 what: format!(
-                    "atomic at {}: only private anonymous memory migrates",
+                    "atomic at {}: this kind of memory does not migrate",
                     window.start()
                 ),
             });

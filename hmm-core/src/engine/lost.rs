@@ -19,14 +19,10 @@ struct Info {
 /// Sends SIGBUS with an address to a thread of this process. A signal that cannot be sent ends the process: the toucher
 /// would touch for ever.
 pub(super) fn send(thread: u32, addr: VirtAddr) {
-    let info = Info {
-        signal: libc::SIGBUS,
-        errno: 0,
-        code: BUS_MCEERR_AR,
-        padding: 0,
-        addr: addr.get(),
-        rest: [0; 13],
-    };
+    // The kernel lets nobody send another thread what only the kernel itself sends.
+    let code = if thread == super::threads::id() { BUS_MCEERR_AR } else { libc::SI_QUEUE };
+    let info =
+        Info { signal: libc::SIGBUS, errno: 0, code, padding: 0, addr: addr.get(), rest: [0; 13] };
     const { assert!(size_of::<Info>() == size_of::<libc::siginfo_t>()) };
     // SAFETY: the structure has the kernel's form; a process may send itself such a signal.
     let sent = unsafe {

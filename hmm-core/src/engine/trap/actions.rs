@@ -51,9 +51,17 @@ impl Signal {
     }
 }
 
+/// An action of the program, and what it wanted before.
+struct Wish {
+    action: libc::sigaction,
+    before: *mut Wish,
+}
+
 struct State {
     /// What the program wants for signals that are not ours; null as long as ours is not installed.
-    program: AtomicPtr<libc::sigaction>,
+    program: AtomicPtr<Wish>,
+    /// How often ours was installed: see [`mark`].
+    generation: AtomicU32,
     replaced: AtomicU32,
     changing: Mutex<()>,
 }
@@ -62,6 +70,7 @@ impl State {
     const fn new() -> Self {
         Self {
             program: AtomicPtr::new(ptr::null_mut()),
+            generation: AtomicU32::new(0),
             replaced: AtomicU32::new(0),
             changing: Mutex::new(()),
         }
@@ -76,13 +85,15 @@ type Handler = unsafe extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void
 /// The program's action for signals that are not ours. Allocates nothing, takes no lock.
 pub(super) fn of_program(signal: Signal) -> Option<libc::sigaction> {
     // SAFETY: what is stored was placed in the arena by `remember`, and is never freed.
-    unsafe { signal.state().program.load(Ordering::Acquire).as_ref() }.copied()
+    unsafe { signal.state().program.load(Ordering::Acquire).as_ref() }.map(|wish| wish.action)
 }
 
 fn remember(signal: Signal, action: libc::sigaction) -> Result<()> {
     // A handler may be reading the old one: it is not freed. Replacements are rare.
-    let place = arena::put(action).ok_or(Error::NoMemory { what: "the program's action" })?;
-    signal.state().program.store(place.as_ptr(), Ordering::Release);
+    let program = &signal.state().program;
+    let wish = Wish { action, before: program.load(Ordering::Acquire) };
+    let place = arena::put(wish).ok_or(Error::NoMemory { what: "the program's action" })?;
+    program.store(place.as_ptr(), Ordering::Release);
     Ok(())
 }
 
@@ -169,7 +180,61 @@ fn put_first(signal: Signal, handler: Handler, program: libc::sigaction) -> Resu
     }
     action.sa_sigaction = handler as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    let generation = signal.state().generation.fetch_add(1, Ordering::Relaxed) + 1;
+    mark(&mut action.sa_mask, generation);
     exchange(signal, Some(&action)).map(drop)
+}
+
+/// Two signals that are ignored by default tell by being blocked or not how often our handler was installed. So a
+/// program that puts back the handler that it found, which may be ours of an earlier time, is seen to do that.
+const MARKS: [i32; 2] = [libc::SIGURG, libc::SIGWINCH];
+
+fn mark(mask: &mut libc::sigset_t, generation: u32) {
+    for (bit, signal) in MARKS.into_iter().enumerate().filter(|(bit, _)| generation >> bit & 1 == 0)
+    {
+        let _ = bit;
+        // SAFETY: the set is valid.
+        unsafe { libc::sigdelset(mask, signal) };
+    }
+}
+
+fn generation_of(mask: &libc::sigset_t) -> u32 {
+    // SAFETY: the set is valid.
+    let has = |signal| u32::from(unsafe { libc::sigismember(mask, signal) } == 1);
+    has(MARKS[0]) | has(MARKS[1]) << 1
+}
+
+/// After the program's handler returned. If it put back our own handler of an earlier time, it wants no more signals:
+/// what the program wanted before counts again, and ours is as it was.
+pub(super) fn after_program(signal: Signal, handler: Handler) {
+    let state = signal.state();
+    let Ok(now) = exchange(signal, None) else { return };
+    let generation = state.generation.load(Ordering::Relaxed) & 3;
+    if now.sa_sigaction != handler as usize || generation_of(&now.sa_mask) == generation {
+        return;
+    }
+    let wish = state.program.load(Ordering::Acquire);
+    // SAFETY: wishes lie in the arena and are never freed.
+    if let Some(wish) = unsafe { wish.as_ref() } {
+        state.program.store(wish.before, Ordering::Release);
+    }
+    let mut again = now;
+    // SAFETY: the set is valid.
+    unsafe { libc::sigfillset(&raw mut again.sa_mask) };
+    for kept in [libc::SIGSEGV, libc::SIGBUS] {
+        // SAFETY: as above.
+        unsafe { libc::sigdelset(&raw mut again.sa_mask, kept) };
+    }
+    mark(&mut again.sa_mask, generation);
+    let _ = exchange(signal, Some(&again));
+}
+
+/// The program's handler wants one signal only (`SA_RESETHAND`), and is about to get it.
+pub(super) fn forget_program(signal: Signal) {
+    // SAFETY: all fields of an action may be zero, and SIG_DFL is.
+    let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    // Without memory it gets one more.
+    let _ = remember(signal, default);
 }
 
 /// Puts our handler first again when somebody replaced it, and says so.

@@ -82,8 +82,12 @@ pub(super) unsafe fn to_program(
         libc::SIG_DFL | libc::SIG_IGN => die(signal, was_sent),
         function => {
             if let Some(action) = &program {
+                if action.sa_flags & libc::SA_RESETHAND != 0 {
+                    actions::forget_program(signal);
+                }
                 // SAFETY: the program installed this action for this signal; the arguments are the kernel's.
                 unsafe { call(function, action, signal, info, raw) };
+                actions::after_program(signal, super::handler::on_signal);
             }
         }
     }

@@ -93,7 +93,7 @@ fn ask_traps(access: &Access) -> Verdict {
     Verdict::Stranger
 }
 
-unsafe extern "C" fn on_signal(
+pub(super) unsafe extern "C" fn on_signal(
     number: i32,
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,

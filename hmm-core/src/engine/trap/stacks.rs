@@ -95,7 +95,10 @@ impl Stacks {
             }
         };
         let mut result = None;
-        let mut job = || result = Some(work());
+        let mut job = || {
+            let _off = AlternateOff::begin();
+            result = Some(work());
+        };
         let mut job: &mut dyn FnMut() = &mut job;
         let top: *mut u8 = self.stack(claim.1).end().as_ptr();
         // SAFETY: the stack is a whole one of ours, claimed by this thread until `claim` is dropped.
@@ -123,6 +126,30 @@ impl Stacks {
             let _ = unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontNeed) };
         }
         self.used.fetch_and(!claimed, Ordering::Release);
+    }
+}
+
+/// No alternate signal stack for the calling thread until dropped. A nested fault would be put at its top, where the
+/// frame of the outer one lies: the kernel only sees that the thread is not on it now.
+struct AlternateOff(Option<libc::stack_t>);
+
+impl AlternateOff {
+    fn begin() -> Self {
+        let off =
+            libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+        let mut before = off;
+        // SAFETY: both structures live during the call; the thread is not on its alternate stack now.
+        let done = unsafe { libc::sigaltstack(&raw const off, &raw mut before) } == 0;
+        Self((done && before.ss_flags & libc::SS_DISABLE == 0).then_some(before))
+    }
+}
+
+impl Drop for AlternateOff {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            // SAFETY: it was the thread's own before.
+            unsafe { libc::sigaltstack(before, std::ptr::null_mut()) };
+        }
     }
 }
 

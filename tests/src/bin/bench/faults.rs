@@ -50,11 +50,18 @@ pub(crate) fn measure() -> Vec<Figure> {
     region.fill(3);
     let mut against_bare = Figure::new("fault_p50", "ns, against a bare uffd loop");
     let mut against_native = Figure::new("fault_p50_native", "ns, against a native first touch");
+    let mut inline = Figure::new("fault_p50_inline", "ns, inline range, against a bare uffd loop");
     for _ in 0..ROUNDS {
-        let (ours, bare, native) = (ours(&device, &region), bare(&served), native());
-        against_bare.add(ours, bare);
-        against_native.add(ours, native);
+        let can_be_inline = mm.blocking_range(region.range()).is_ok();
+        let (answered, bare, native) = (ours(&device, &region), bare(&served), native());
+        against_bare.add(answered, bare);
+        against_native.add(answered, native);
+        if can_be_inline {
+            mm.inline_range(region.range()).unwrap();
+            inline.add(ours(&device, &region), bare);
+        }
     }
     device.close().unwrap();
-    vec![against_bare, against_native]
+    let figures = [against_bare, against_native, inline];
+    figures.into_iter().filter(|figure| !figure.ours.is_empty()).collect()
 }
