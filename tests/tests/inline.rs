@@ -340,7 +340,7 @@ fn migrate_until(card: &Card, region: &Region, seed: u64, end: Instant) -> usize
     let (mut moved, mut state) = (0, seed);
     while Instant::now() < end {
         let range = some_part(region, &mut state);
-        let out = random(&mut state) % 2 == 0;
+        let out = random(&mut state).is_multiple_of(2);
         moved += if out { card.to_device(range) } else { card.to_system(range) }.unwrap();
     }
     moved
@@ -375,7 +375,7 @@ fn counters_on_both_kinds_survive_migration_and_changes_of_kind() {
             let (mut state, mut changes) = (77, 0_usize);
             while Instant::now() < end {
                 let part = some_part(&region, &mut state);
-                let inline = random(&mut state) % 2 == 0;
+                let inline = random(&mut state).is_multiple_of(2);
                 if inline { mm.inline_range(part) } else { mm.blocking_range(part) }.unwrap();
                 changes += 1;
                 std::thread::sleep(Duration::from_millis(2));
@@ -407,7 +407,7 @@ fn remap_until(mm: &Arc<Mm>, region: &Region, first: usize, pages: usize, end: I
         rounds += 1;
         map_over(region, first, pages);
         let skip = random(&mut state) % pages;
-        if skip % 3 != 0 {
+        if !skip.is_multiple_of(3) {
             mm.inline_range(region.part(first + skip, pages - skip)).unwrap();
         }
         let words = || (first * WORDS..(first + pages) * WORDS).step_by(64);

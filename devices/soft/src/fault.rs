@@ -87,10 +87,7 @@ impl Driver {
         let window = self.window(touch, &vma)?;
         if touch.device {
             self.pull(window, &vma)?;
-        } else if first
-            && self.state.settings.policy() == Policy::OnTouch
-            && vma.can_migrate()
-        {
+        } else if first && self.state.settings.policy() == Policy::OnTouch && vma.can_migrate() {
             // Best effort, and once for each access: what does not come is used where it is.
             self.make_room(window.pages());
             let _ = self.move_in(window);
@@ -131,10 +128,7 @@ impl Driver {
         }
         if !vma.can_migrate() {
             return Err(Error::Unsupported {
-                what: format!(
-                    "atomic at {}: this kind of memory does not migrate",
-                    window.start()
-                ),
+                what: format!("atomic at {}: this kind of memory does not migrate", window.start()),
             });
         }
         self.make_room(window.pages());

@@ -31,7 +31,8 @@ impl Mm {
     /// `Fault` when nothing can be read; `Invalid` above the user address space.
     pub fn read(&self, addr: VirtAddr, out: &mut [u8]) -> Result<usize> {
         self.check_access(addr, out.len())?;
-        self.engine.read(addr, out)
+        let len = self.before_lost(addr, out.len())?;
+        self.engine.read(addr, &mut out[..len])
     }
 
     /// Writes as a system call would: waits for absent pages, stops at unmapped or read-only ones.
@@ -40,7 +41,29 @@ impl Mm {
     /// `Fault` when nothing can be written; `Invalid` above the user address space.
     pub fn write(&self, addr: VirtAddr, data: &[u8]) -> Result<usize> {
         self.check_access(addr, data.len())?;
-        self.engine.write(addr, data)
+        let len = self.before_lost(addr, data.len())?;
+        self.engine.write(addr, &data[..len])
+    }
+
+    /// How many of these bytes lie before the first page that its device lost. Not every kernel can be told of such a
+    /// page, and one that was not waits for it without end.
+    fn before_lost(&self, addr: VirtAddr, len: usize) -> Result<usize> {
+        let range = AddrRange::covering(addr.get(), len as u64)?;
+        for leaf in self.table.leaves(range) {
+            let entries = leaf.lock();
+            let is_lost =
+                |page: &VirtAddr| matches!(entries[page.index_in_leaf()].place(), Place::Poisoned);
+            if let Some(lost) = super::layout::pages_of(leaf, range).find(is_lost) {
+                let before = lost.get().saturating_sub(addr.get()) as usize;
+                let what = "its device lost the data";
+                return if before > 0 {
+                    Ok(before)
+                } else {
+                    Err(Error::Fault { address: lost, what })
+                };
+            }
+        }
+        Ok(len)
     }
 
     /// Reads bytes that are present, without waiting and without faulting. False when some page is not there: a

@@ -51,11 +51,28 @@ impl Inside {
         depth
     }
 
+    /// Whether a call of the program's handler is still there, above `here`.
+    fn is_below(&self, here: u64) -> bool {
+        let frame = self.frame.load(Ordering::Relaxed);
+        // SAFETY: as in `enter`.
+        here < frame
+            && unsafe { VirtAddr::new(frame).as_ptr().cast::<u64>().read_volatile() } == CANARY
+    }
+
     fn leave(&self) {
         self.depth.store(0, Ordering::Relaxed);
         self.frame.store(0, Ordering::Relaxed);
         self.thread.store(0, Ordering::Relaxed);
     }
+}
+
+/// A signal that was sent while this thread is in the program's handler: who raises it itself wants the default action.
+/// Looked at first of all, since the stack may be short by now.
+pub(super) fn is_raised_inside() -> bool {
+    let here = 0_u64;
+    let thread = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+    let mine = INSIDE.iter().find(|one| one.thread.load(Ordering::Relaxed) == thread);
+    mine.is_some_and(|one| one.is_below(VirtAddr::from_ptr(&raw const here).get()))
 }
 
 /// What the program wants to happen.
@@ -98,7 +115,7 @@ pub(super) unsafe fn to_program(
 }
 
 /// The default action. A fault comes again by itself, a signal that was sent does not.
-fn die(signal: Signal, was_sent: bool) {
+pub(super) fn die(signal: Signal, was_sent: bool) {
     actions::set_default(signal);
     if was_sent {
         // SAFETY: plain system calls.

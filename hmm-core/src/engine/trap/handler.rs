@@ -101,6 +101,10 @@ pub(super) unsafe extern "C" fn on_signal(
     // SAFETY: the C library's variable of the calling thread.
     let errno = unsafe { *libc::__errno_location() };
     if let Some(signal) = Signal::of_number(number) {
+        // SAFETY: the kernel's argument.
+        if unsafe { (*info).si_code } <= 0 && chain::is_raised_inside() {
+            return chain::die(signal, true);
+        }
         // SAFETY: the kernel's arguments to a handler with SA_SIGINFO.
         unsafe { handle(signal, info, context) };
     }
