@@ -14,7 +14,7 @@ use hmm_tests::{Region, mm_or_skip};
 use std::hint::black_box;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
@@ -238,8 +238,17 @@ fn many_threads_that_touch_one_page_bring_it_home_once() {
 /// What the handler of SIGALRM works on.
 static ALARMED: AtomicPtr<Region> = AtomicPtr::new(ptr::null_mut());
 static ALARMS: AtomicUsize = AtomicUsize::new(0);
+/// In which thread.
+static TOUCHER: AtomicI32 = AtomicI32::new(0);
 
-extern "C" fn count_alarm(_: i32) {
+extern "C" fn count_alarm(number: i32) {
+    let toucher = TOUCHER.load(Ordering::SeqCst);
+    if toucher != thread_id() {
+        // The kernel gave it to another thread of the process.
+        // SAFETY: no pointers; a thread that is gone gets nothing.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), toucher, number) };
+        return;
+    }
     // SAFETY: the region lives until the timer is stopped.
     let region = unsafe { &*ALARMED.load(Ordering::SeqCst) };
     let page = ALARMS.fetch_add(1, Ordering::SeqCst) % region.pages();
@@ -277,6 +286,7 @@ fn a_signal_handler_touches_what_its_thread_touches() {
             }
         });
         let toucher = scope.spawn(|| {
+            TOUCHER.store(thread_id(), Ordering::SeqCst);
             block(libc::SIGALRM, libc::SIG_UNBLOCK);
             let (mut rounds, start) = (0, Instant::now());
             while start.elapsed() < Duration::from_secs(3) {

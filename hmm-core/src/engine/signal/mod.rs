@@ -1,11 +1,11 @@
 //! The signal engine: for where userfaultfd is refused.
 //!
 //! Pages that leave become inaccessible (`PROT_NONE`); a touch raises SIGSEGV, and the toucher itself brings the page home
-//! or has a service thread do it ([`super::trap`]). Contents come back before the access does, so that nobody ever sees
+//! or has a service thread do it (`super::trap`). Contents come back before the access does, so that nobody ever sees
 //! half a page.
 //!
 //! The kernel serves nobody here: system calls on a page that is away fail with `EFAULT`. And it tells nothing: what the
-//! program unmaps or drops is found out at the next touch or the next look ([`look`]), and what
+//! program unmaps or drops is found out at the next touch or the next look (`look`), and what
 //! happens in the very moment in which pages leave or come home is not found out at all.
 
 mod beside;

@@ -1,13 +1,13 @@
 //! The userfaultfd engine (default on Linux).
 //!
 //! Contents move by `UFFDIO_MOVE` between the process's vmas and the frame area, single pages by `UFFDIO_COPY`
-//! ([`pages`]); kernels without MOVE copy ([`copying`]). Ranges are watched by write-protect registration, in asynchronous
+//! (`pages`); kernels without MOVE copy (`copying`). Ranges are watched by write-protect registration, in asynchronous
 //! mode where there is one: nothing is ever write-protected then, ordinary faults cost nothing, and every kind of mapping
 //! may be watched; the kernel reports munmap, mremap and madvise.
 //!
 //! Faults come in one of two modes. *Blocking*: service threads read and answer them, and system calls on absent pages
-//! wait as loads do; needs a privilege. *Inline*: the toucher answers in a handler of SIGBUS ([`super::trap`]); system
-//! calls on absent pages fail with `EFAULT`. On a blocking descriptor, ranges may be made inline one by one ([`second`]).
+//! wait as loads do; needs a privilege. *Inline*: the toucher answers in a handler of SIGBUS (`super::trap`); system
+//! calls on absent pages fail with `EFAULT`. On a blocking descriptor, ranges may be made inline one by one (`second`).
 
 mod abi;
 mod copying;
