@@ -3,7 +3,7 @@
 use super::batch::{Batch, Fate, Held};
 use crate::addr::{AddrRange, Pfn};
 use crate::devmem::{Devmem, LastFound};
-use crate::engine::{Give, Stop, VmaKind};
+use crate::engine::{Give, Present, Stop, VmaKind};
 use crate::flags::Capabilities;
 use crate::limits::{DEADLINE, MOVE_MINIMUM};
 use crate::mm::page_table::{Entry, Place};
@@ -169,7 +169,24 @@ impl Batch<'_> {
             }
             self.gave(page);
         }
+        if how == Give::Move && progress.pages > 0 {
+            self.note_copied_frames(index, progress.pages);
+        }
         Given { pages: progress.pages, stop: progress.stop }
+    }
+
+    /// Where an engine copied instead of moving, the frames are still populated: a later take must know it.
+    fn note_copied_frames(&mut self, index: usize, pages: usize) {
+        let (leaf, slot) = self.slot_of(index);
+        let Some(mut block) = self.blocks[leaf] else { return };
+        let start = block.slot(slot).get();
+        let frames = AddrRange::from_bounds(start, start + (pages * crate::addr::PAGE_SIZE) as u64);
+        let _ = self.mm.engine.scan(frames, &mut |run, state| {
+            if state != Present::None {
+                block.populated.insert_pages(run);
+            }
+        });
+        self.blocks[leaf] = Some(block);
     }
 
     /// Pages from `index` on, inside its leaf, that are to be given and still in place.

@@ -100,6 +100,12 @@ impl Batch<'_> {
                         return busy;
                     }
                 }
+                // The kernel moved the page, and says that it was there already.
+                Stop::Exists if self.has_left(number, index) => {
+                    self.pages[index].held = Held::Taken;
+                    taken = Some((taken.map_or(index, |(from, _)| from), index + 1));
+                    index += 1;
+                }
                 Stop::Exists if Instant::now() < deadline && self.empty_slot(number, index) => {}
                 _ if index < end => {
                     if stop == Stop::Busy {
@@ -193,6 +199,23 @@ impl Batch<'_> {
         self.mm.stats.retries.fetch_add(1, Ordering::Relaxed);
         self.mm.engine.drain();
         std::thread::yield_now();
+    }
+
+    /// Whether a page is in a slot that was known to be empty, and not where it was any more.
+    fn has_left(&self, number: usize, index: usize) -> bool {
+        let slot = self.slot_of(index).1;
+        let Some(block) = self.blocks[number].filter(|block| !block.populated.contains(slot))
+        else {
+            return false;
+        };
+        let page = AddrRange::page_of(self.range.page_at(index));
+        let frame = AddrRange::page_of(block.slot(slot));
+        let is = |range, wanted: fn(Present) -> bool| {
+            let mut all = true;
+            let scanned = self.mm.engine.scan(range, &mut |_, state| all &= wanted(state));
+            all && scanned.is_ok()
+        };
+        is(page, |state| state == Present::None) && is(frame, |state| state != Present::None)
     }
 
     /// A slot that was thought empty has a page: a give that fell back from moving to copying left it there. Service
