@@ -160,8 +160,7 @@ pub(crate) const ELSEWHERE: &[&str] = &[
 ];
 
 /// The rows of `--quick`: each engine, and what is most unlike the machine of whoever wrote it.
-pub(crate) const QUICK_ROWS: &[&str] =
-    &["nobody", "enosys", "gvisor", "no-move", "no-proc-mem-no-uffd", "small-maps", "one-cpu"];
+pub(crate) const QUICK_ROWS: &[&str] = &["nobody", "enosys", "no-move", "one-cpu"];
 /// What a test's name has to contain to run in `--quick`.
 pub(crate) const QUICK_TESTS: &[&str] = &[
     "tests faults ",
