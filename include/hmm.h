@@ -991,10 +991,12 @@ long hmm_make_present(struct mm_struct *mm, const void *addr, size_t length, boo
  * short) at a page that is on a device. Guard the buffers of the call, and it works on every
  * engine:
  *
- *     HMM_GUARD_SCOPE(guard);
- *     if (hmm_guard(mm, &guard, buffer, length, true))
- *       return -1;
- *     got = read(file, buffer, length);
+ * ```c
+ * HMM_GUARD_SCOPE(guard);
+ * if (hmm_guard(mm, &guard, buffer, length, true))
+ *   return -1;
+ * got = read(file, buffer, length);
+ * ```
  *
  * Guards of the same pages count: the pages stay until the last one lets go. Migration leaves
  * guarded pages where they are; nothing else of the process changes.

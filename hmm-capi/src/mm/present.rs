@@ -149,10 +149,12 @@ fn check_empty(guard: *const hmm_guard) -> Result<()> {
 /// short) at a page that is on a device. Guard the buffers of the call, and it works on every
 /// engine:
 ///
-///     HMM_GUARD_SCOPE(guard);
-///     if (hmm_guard(mm, &guard, buffer, length, true))
-///       return -1;
-///     got = read(file, buffer, length);
+/// ```c
+/// HMM_GUARD_SCOPE(guard);
+/// if (hmm_guard(mm, &guard, buffer, length, true))
+///   return -1;
+/// got = read(file, buffer, length);
+/// ```
 ///
 /// Guards of the same pages count: the pages stay until the last one lets go. Migration leaves
 /// guarded pages where they are; nothing else of the process changes.
