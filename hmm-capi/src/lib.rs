@@ -25,6 +25,7 @@ mod ret;
 mod sized;
 mod soft;
 mod soft_kernels;
+mod stay;
 mod tracking;
 mod version;
 mod vma;
@@ -41,6 +42,7 @@ pub use range::*;
 pub use range_4_17::*;
 pub use soft::*;
 pub use soft_kernels::*;
+pub use stay::*;
 pub use version::*;
 pub use vma::*;
 

@@ -30,6 +30,7 @@ mod preload;
 mod range;
 mod sparse;
 mod stats;
+mod stay;
 pub mod sync;
 
 pub use addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, Pfn, USER_END, VirtAddr};
@@ -48,3 +49,4 @@ pub use ops::{
 };
 pub use range::{Access, RangeRequest};
 pub use stats::Counters;
+pub use stay::Stay;

@@ -1,14 +1,14 @@
 //! Reaching this process's memory through the kernel: accesses that never run a signal handler, and system calls that
 //! make pages present.
 
-use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
+use crate::addr::{AddrRange, LEAF_SIZE, PAGE_SIZE, VirtAddr};
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
 use once_cell::sync::OnceCell;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags};
 use std::time::Instant;
 
 /// `/proc/self/mem`: accesses that ignore protections and never wait for a userfault.
@@ -216,6 +216,14 @@ impl Drop for Reserved {
 /// The kernel's errno.
 pub(in crate::engine) fn drop_pages(range: AddrRange) -> std::result::Result<(), Errno> {
     advise(range, Advice::LinuxDontNeed)
+}
+
+/// Whether a page is locked in memory. Invalidating is nothing but this question to anonymous memory and files alike.
+pub(in crate::engine) fn is_locked(page: VirtAddr) -> bool {
+    let start = page.as_ptr().cast();
+    // SAFETY: the call changes nothing, and checks the range.
+    let asked = unsafe { rustix::mm::msync(start, PAGE_SIZE, MsyncFlags::INVALIDATE) };
+    asked == Err(Errno::BUSY)
 }
 
 #[cfg(test)]

@@ -256,6 +256,10 @@ impl Engine for SignalEngine {
         self.common.protector.take(range, frame, &must_stay)
     }
 
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        memory::is_locked(page)
+    }
+
     fn withdraw(&self, range: AddrRange) -> Progress {
         let drop_file = |part| memory::drop_pages(part).map_err(|_| Stop::Refused);
         self.common.protector.withdraw(range, &drop_file)

@@ -312,6 +312,10 @@ impl Engine for UffdEngine {
         }
     }
 
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        memory::is_locked(page)
+    }
+
     fn withdraw(&self, range: AddrRange) -> Progress {
         if self.can_move {
             return Progress { pages: range.pages(), stop: Stop::Done };
