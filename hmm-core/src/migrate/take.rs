@@ -4,6 +4,7 @@ use super::batch::{Batch, Held};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Present, Stop, VmaKind, Watch};
 use crate::error::{Error, Result};
+use crate::flags::Capabilities;
 use crate::limits::{BATCH_LEAVES, DEADLINE};
 use crate::mm::Vma;
 use crate::ops::{InvalidateEvent, Invalidation};
@@ -230,7 +231,9 @@ impl Batch<'_> {
 
     /// Returns the part of a run, from its start on, whose absence is watched.
     fn watch_absence(&self, run: AddrRange) -> Result<AddrRange> {
-        let leaf = self.mm.table.leaf(run.start());
+        // Without events nobody says what became of a watch.
+        let lasts = self.mm.engine.capabilities().contains(Capabilities::EVENTS);
+        let leaf = self.mm.table.leaf(run.start()).filter(|_| lasts);
         if leaf.is_some_and(|leaf| leaf.absence_watched.load(Ordering::Acquire)) {
             return Ok(run);
         }

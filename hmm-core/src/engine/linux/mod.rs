@@ -5,6 +5,7 @@ mod abi;
 mod mappings;
 pub(super) mod memory;
 mod presence;
+pub(super) mod strangers;
 
 pub(super) use mappings::Mappings;
 pub(super) use memory::Memory;

@@ -18,6 +18,7 @@ mod withdraw;
 pub(super) use beside::Follower;
 
 use super::linux::memory::{self, Memory, Reserved};
+use super::linux::strangers;
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
 use super::{
     Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Stop, Watch, threads,
@@ -229,6 +230,10 @@ impl Engine for SignalEngine {
 
     fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
         if watch == Watch::Absence {
+            if strangers::watch(range) {
+                let what = "another userfaultfd of this process has the range";
+                return Err(Error::Busy { address: range.start(), what });
+            }
             Protector::keep_small(range);
         }
         Ok(())
