@@ -214,6 +214,10 @@ impl Engine for MixedEngine {
         self.uffd.take(range, frame)
     }
 
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.uffd.is_huge(range)
+    }
+
     fn is_locked(&self, page: VirtAddr) -> bool {
         self.uffd.is_locked(page)
     }

@@ -246,6 +246,10 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
     /// store. Holes stay holes: their frames stay empty.
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
+    /// Whether a range of 2 MiB is one huge page, which moves as one.
+    fn is_huge(&self, _range: AddrRange) -> bool {
+        false
+    }
     /// Whether a page is locked in memory (`mlock`). Asked when [`Engine::take`] refused it.
     fn is_locked(&self, _page: VirtAddr) -> bool {
         false

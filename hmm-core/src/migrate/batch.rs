@@ -246,7 +246,9 @@ impl<'a> Batch<'a> {
             if empty.is_empty() && full.is_empty() {
                 continue;
             }
-            self.blocks[number] = self.mm.frames.borrow(&*self.mm.engine, &empty, &full);
+            let engine = &*self.mm.engine;
+            let huge = empty.is_full() && engine.is_huge(part);
+            self.blocks[number] = self.mm.frames.borrow(engine, &empty, &full, huge);
             for offset in 0..part.pages() {
                 let index = self.range.index_of(part.page_at(offset));
                 match (self.blocks[number], self.pages[index].held) {

@@ -312,6 +312,10 @@ impl Engine for UffdEngine {
         }
     }
 
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.can_move && self.presence.is_huge(range)
+    }
+
     fn is_locked(&self, page: VirtAddr) -> bool {
         memory::is_locked(page)
     }
