@@ -26,7 +26,7 @@ import atexit as _atexit
 from typing import TYPE_CHECKING
 
 from . import _native
-from ._native import PAGE_SIZE, Error, Guard, Mm, Pin, SoftDevice, current
+from ._native import PAGE_SIZE, Error, Guard, Mm, Pin, SoftDevice, current, stay_reasons
 from ._residency import MAP_LEGEND, Residency
 from ._residency import draw as _draw
 
@@ -49,6 +49,7 @@ __all__ = [
     "pin",
     "residency",
     "residency_map",
+    "stay_reasons",
     "unpin",
 ]
 
