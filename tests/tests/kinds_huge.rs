@@ -8,6 +8,7 @@ use driver::{Card, on_device};
 use hmm_core::{LEAF_PAGES, LEAF_SIZE};
 use hmm_tests::{mm_or_skip, needs, skip};
 use kind::{Memory, PRIVATE, READ_WRITE, check_under_writes};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 
 /// Memory of whole units of 2 MiB, in huge pages if the kernel has any.
@@ -74,10 +75,23 @@ fn whole_huge_pages_leave_and_come_home_huge() {
     }
 }
 
+/// Whether the kernel tells which pages are huge (`PAGEMAP_SCAN`, which kernels that move pages have).
+fn tells_huge_pages() -> bool {
+    const SCAN: libc::Ioctl = 0xc060_6610;
+    let Ok(pagemap) = std::fs::File::open("/proc/self/pagemap") else { return false };
+    let mut nothing = [0_u64; 12];
+    // SAFETY: the kernel reads and writes a structure of this size; it asks for nothing.
+    unsafe { libc::ioctl(pagemap.as_raw_fd(), SCAN, nothing.as_mut_ptr()) };
+    std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+}
+
 #[test]
 fn huge_pages_stay_huge_after_frames_were_used_page_by_page() {
     let mm = mm_or_skip!();
     needs!(mm, MOVE);
+    if !tells_huge_pages() {
+        skip!("there is no PAGEMAP_SCAN to tell huge pages by");
+    }
     // As many as keep their frames when nothing migrates for a moment.
     const UNITS: usize = hmm_core::limits::RESTING_BLOCKS;
     // Small pages leave blocks of frames with page tables, and with pages here and there.

@@ -1,7 +1,7 @@
 //! Reaching this process's memory through the kernel: accesses that never run a signal handler, and system calls that
 //! make pages present.
 
-use crate::addr::{AddrRange, LEAF_SIZE, PAGE_SIZE, VirtAddr};
+use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
 use once_cell::sync::OnceCell;
@@ -218,11 +218,12 @@ pub(in crate::engine) fn drop_pages(range: AddrRange) -> std::result::Result<(),
     advise(range, Advice::LinuxDontNeed)
 }
 
-/// Whether a page is locked in memory. Invalidating is nothing but this question to anonymous memory and files alike.
-pub(in crate::engine) fn is_locked(page: VirtAddr) -> bool {
-    let start = page.as_ptr().cast();
+/// Whether some page of a range is locked in memory. Invalidating is nothing but this question to anonymous memory and
+/// files alike.
+pub(in crate::engine) fn is_locked(range: AddrRange) -> bool {
+    let start = range.start().as_ptr().cast();
     // SAFETY: the call changes nothing, and checks the range.
-    let asked = unsafe { rustix::mm::msync(start, PAGE_SIZE, MsyncFlags::INVALIDATE) };
+    let asked = unsafe { rustix::mm::msync(start, range.len() as usize, MsyncFlags::INVALIDATE) };
     asked == Err(Errno::BUSY)
 }
 

@@ -262,7 +262,7 @@ impl Engine for SignalEngine {
     }
 
     fn is_locked(&self, page: VirtAddr) -> bool {
-        memory::is_locked(page)
+        memory::is_locked(AddrRange::page_of(page))
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {
