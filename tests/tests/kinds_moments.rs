@@ -42,12 +42,15 @@ fn a_page_that_the_program_unmaps_meanwhile_says_so() {
     needs!(mm, MOVE);
     let (card, memory) = (Card::new(&mm, PAGES), Memory::filled(PAGES));
     let gone = memory.part(2, 3);
+    let other = Arc::clone(&mm);
     card.when_copying(move || {
-        // Not on this thread: the call waits until a service thread has read of it.
+        let mm = Arc::clone(&other);
+        // Not on this thread: the call waits until a service thread has read of it, and then it is still to be applied.
         let unmapping = std::thread::spawn(move || {
             let start = std::ptr::with_exposed_provenance_mut(gone.start().get() as usize);
             // SAFETY: the pages are the test's, and nothing refers to them.
             assert_eq!(unsafe { libc::munmap(start, gone.len() as usize) }, 0);
+            mm.sync();
         });
         unmapping.join().unwrap();
     });

@@ -122,7 +122,9 @@ fn migrate_from_swap() {
         assert_eq!(card.all_to_device(memory.range()), PAGES, "round {round}");
         assert_eq!(on_device(&mm, memory.range()), PAGES);
         assert_eq!(memory.wrong_pages(), 0, "round {round}");
-        assert!(card.settles_at(0));
+        // Reclaim can keep a service thread from running for seconds.
+        let settled = (0..5).any(|_| card.settles_at(0));
+        assert!(settled, "round {round}: {} {:?}", card.devmem.in_use(), mm.counters());
         put_out(&memory);
         assert_eq!(card.all_to_device(memory.range()), PAGES);
         card.to_system(memory.range()).unwrap();
