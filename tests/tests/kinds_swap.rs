@@ -122,7 +122,7 @@ fn migrate_from_swap() {
         assert_eq!(card.all_to_device(memory.range()), PAGES, "round {round}");
         assert_eq!(on_device(&mm, memory.range()), PAGES);
         assert_eq!(memory.wrong_pages(), 0, "round {round}");
-        // Reclaim can keep a service thread from running for seconds.
+        // Two seconds were too short once, on a machine with much else to do.
         let settled = (0..5).any(|_| card.settles_at(0));
         assert!(settled, "round {round}: {} {:?}", card.devmem.in_use(), mm.counters());
         put_out(&memory);
