@@ -249,7 +249,7 @@ fn migrate_checked(
 /// stays there. The same holds for every migration while the address space is being closed.
 ///
 /// Afterwards src and dst of the whole range hold the final entries. They must not overlap. What did
-/// not migrate says why: hmm_migrate_reason(src[i]), in words by hmm_stay_text().
+/// not migrate says why: hmm_migrate_reason() of its entry of src, in words by hmm_stay_text().
 /// Destination pages of device memory that were not used in the end are given back through free.
 ///
 /// @param ops           The driver's callbacks; copied.
