@@ -274,6 +274,69 @@ enum hmm_update_type {
   HMM_UPDATE_INVALIDATE,
 };
 
+/**
+ * Why a page of a migration stayed where it was: hmm_migrate_reason() reads it from an entry of
+ * src. Numbers are added, and never change their meaning.
+ */
+enum hmm_stay {
+  /** It did not stay, or nothing was said. */
+  HMM_STAY_NONE = 0,
+  /** It lies in a range that is pinned or guarded. */
+  HMM_STAY_PINNED = 1,
+  /** Memory of the library itself. */
+  HMM_STAY_LIBRARY = 2,
+  /** A migration under way needs it: its caller's stack, or its arrays. */
+  HMM_STAY_NEEDED = 3,
+  /** Shared anonymous memory, memfd or tmpfs. */
+  HMM_STAY_SHARED = 4,
+  /** A shared file mapping. */
+  HMM_STAY_SHARED_FILE = 5,
+  /**
+   * A private file mapping, and an engine that cannot move its pages; or a page beyond the end
+   * of the file.
+   */
+  HMM_STAY_FILE = 6,
+  /** A mapping of a driver or of the kernel. */
+  HMM_STAY_SPECIAL = 7,
+  /** hugetlbfs. */
+  HMM_STAY_HUGE = 8,
+  /** The mapping is not readable and writable, or it is executable. */
+  HMM_STAY_PROTECTION = 9,
+  /** mlock and its kin. */
+  HMM_STAY_LOCKED = 10,
+  /** Another userfaultfd has the range. */
+  HMM_STAY_WATCHED = 11,
+  /**
+   * Shared after a fork, or pinned by the kernel (direct I/O, io_uring, a device); or there was
+   * no saying which.
+   */
+  HMM_STAY_BUSY = 12,
+  /** Another migration holds it. */
+  HMM_STAY_MIGRATING = 13,
+  /** It is where the request did not ask for pages: on a device, or in system memory. */
+  HMM_STAY_NOT_SELECTED = 14,
+  /** A page of another owner's device. */
+  HMM_STAY_FOREIGN = 15,
+  /** Its device lost it before. */
+  HMM_STAY_POISONED = 16,
+  /** The program is dropping its contents (madvise). */
+  HMM_STAY_DROPPED = 17,
+  /** The program unmapped, moved or replaced it meanwhile. */
+  HMM_STAY_CHANGING = 18,
+  /** The driver named no destination. */
+  HMM_STAY_LEFT_OUT = 19,
+  /** The destination that the driver named is no free page of a device, or not the page's frame. */
+  HMM_STAY_BAD_DESTINATION = 20,
+  /** The driver said ERROR in dst: the contents are lost. */
+  HMM_STAY_LOST = 21,
+  /** No frame, or no memory for one. */
+  HMM_STAY_NO_MEMORY = 22,
+  /** The kernel refused, and gives no reason. */
+  HMM_STAY_REFUSED = 23,
+  /** A hole, and its memory group is at its limit. */
+  HMM_STAY_LIMIT = 24,
+};
+
 /** The library's side of a mirror: opaque. */
 struct hmm;
 
@@ -1675,7 +1738,7 @@ unsigned long hmm_devmem_page_get_drvdata(const struct page *page);
  *
  * The range is invalidated in all mirrors, the driver's own included; then pages that can be had
  * are taken from the CPU, and alloc_and_copy chooses and fills their destinations. Pages that
- * cannot be taken (pinned, shared, file-backed, in use by another migration) are left out and stay
+ * cannot be taken (pinned, shared, locked, in use by another migration) are left out and stay
  * as they are; so do pages for which the driver stores no destination. Then the new places become
  * visible, and finalize_and_map is told which pages moved. CPU accesses to pages under migration
  * sleep until it is over.
@@ -1683,7 +1746,8 @@ unsigned long hmm_devmem_page_get_drvdata(const struct page *page);
  * With the vma that a fault callback received, only pages on devices are collected: what is home
  * stays there. The same holds for every migration while the address space is being closed.
  *
- * Afterwards src and dst of the whole range hold the final entries. They must not overlap.
+ * Afterwards src and dst of the whole range hold the final entries. They must not overlap. What did
+ * not migrate says why: hmm_migrate_reason() of its entry of src, in words by hmm_stay_text().
  * Destination pages of device memory that were not used in the end are given back through free.
  *
  * @param ops           The driver's callbacks; copied.
@@ -1910,6 +1974,18 @@ int hmm_mm_rss(const struct mm_struct *mm, struct hmm_mm_rss *rss);
  * Source: ours.
  */
 int hmm_mm_check_accounts(const struct mm_struct *mm);
+
+/**
+ * What a reason means, and what to do about it.
+ *
+ * @param reason  Of hmm_migrate_reason().
+ * @return A constant text of one line in English; for a number that this version does not know, one
+ * that says so.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours.
+ */
+const char *hmm_stay_text(unsigned long reason);
 
 /* ---------------------------------------------------------------------------------------------
  * The soft device
@@ -2293,11 +2369,21 @@ static inline unsigned long migrate_pfn(unsigned long pfn)
   return (pfn << MIGRATE_PFN_SHIFT) | MIGRATE_PFN_VALID;
 }
 
+/* Bits from here on say why an entry of src does not migrate. */
+#define HMM_MIGRATE_REASON_SHIFT 58
+
 /** The page of an entry; NULL unless MIGRATE_PFN_VALID. */
 static inline struct page *migrate_pfn_to_page(unsigned long mpfn)
 {
-  return mpfn & MIGRATE_PFN_VALID ? hmm_pfn_to_struct_page(mpfn >> MIGRATE_PFN_SHIFT)
-                                  : (struct page *)0;
+  unsigned long pfn = (mpfn & ((1UL << HMM_MIGRATE_REASON_SHIFT) - 1)) >> MIGRATE_PFN_SHIFT;
+
+  return mpfn & MIGRATE_PFN_VALID ? hmm_pfn_to_struct_page(pfn) : (struct page *)0;
+}
+
+/** Why the page of an entry of src stayed: of enum hmm_stay; 0 when it migrates. */
+static inline unsigned long hmm_migrate_reason(unsigned long mpfn)
+{
+  return mpfn & MIGRATE_PFN_MIGRATE ? 0 : mpfn >> HMM_MIGRATE_REASON_SHIFT;
 }
 
 /*

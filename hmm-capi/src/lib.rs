@@ -26,6 +26,7 @@ mod ret;
 mod sized;
 mod soft;
 mod soft_kernels;
+mod stay;
 mod tracking;
 mod version;
 mod vma;
@@ -43,6 +44,7 @@ pub use range::*;
 pub use range_4_17::*;
 pub use soft::*;
 pub use soft_kernels::*;
+pub use stay::*;
 pub use version::*;
 pub use vma::*;
 

@@ -126,7 +126,8 @@ impl std::fmt::Debug for PfnEntry {
     }
 }
 
-/// One entry of `src[]` or `dst[]`: flags in the low 6 bits, pfn above.
+/// One entry of `src[]` or `dst[]`: flags in the low 6 bits, pfn above. What does not migrate says why above that
+/// ([`crate::Stay`]).
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 #[repr(transparent)]
 pub struct MigratePfn(pub u64);
@@ -154,7 +155,7 @@ impl MigratePfn {
     /// The pfn, if the entry is valid.
     pub const fn pfn(self) -> Option<Pfn> {
         if self.flags().contains(MigrateFlags::VALID) {
-            Some(Pfn::new(self.0 >> Self::SHIFT))
+            Some(Pfn::new((self.0 & Self::BELOW_REASON) >> Self::SHIFT))
         } else {
             None
         }
@@ -163,6 +164,9 @@ impl MigratePfn {
 
 impl std::fmt::Debug for MigratePfn {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} {:?}", self.pfn(), self.flags())
+        match self.reason() {
+            Some(why) => write!(f, "{:?} {:?} {why:?}", self.pfn(), self.flags()),
+            None => write!(f, "{:?} {:?}", self.pfn(), self.flags()),
+        }
     }
 }

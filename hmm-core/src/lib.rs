@@ -32,6 +32,7 @@ mod preload;
 mod range;
 mod sparse;
 mod stats;
+mod stay;
 pub mod sync;
 
 pub use account::{GroupEvents, GroupStat, MemoryGroup};
@@ -51,3 +52,4 @@ pub use ops::{
 };
 pub use range::{Access, RangeRequest};
 pub use stats::Counters;
+pub use stay::Stay;

@@ -17,6 +17,7 @@ mod mm;
 mod pin;
 mod registry;
 mod soft;
+mod stay;
 
 /// Rust allocations of this module come from mappings that never migrate: a migration must not wait for itself.
 #[global_allocator]
@@ -41,6 +42,8 @@ mod _native {
     use crate::registry::close_all;
     #[pymodule_export]
     use crate::soft::SoftDevice;
+    #[pymodule_export]
+    use crate::stay::stay_reasons;
 
     #[pymodule_export]
     const PAGE_SIZE: usize = hmm_core::PAGE_SIZE;

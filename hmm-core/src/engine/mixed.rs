@@ -218,6 +218,14 @@ impl Engine for MixedEngine {
         self.uffd.take(range, frame)
     }
 
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.uffd.is_huge(range)
+    }
+
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        self.uffd.is_locked(page)
+    }
+
     fn withdraw(&self, range: AddrRange) -> Progress {
         if !self.in_use() || !self.files.has(range.start()) {
             return self.uffd.withdraw(range);

@@ -265,6 +265,14 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
     /// store. Holes stay holes: their frames stay empty.
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
+    /// Whether a range of 2 MiB is one huge page, which moves as one.
+    fn is_huge(&self, _range: AddrRange) -> bool {
+        false
+    }
+    /// Whether a page is locked in memory (`mlock`). Asked when [`Engine::take`] refused it.
+    fn is_locked(&self, _page: VirtAddr) -> bool {
+        false
+    }
     /// Second half of [`Engine::take`] for engines that only copied the contents: the pages lose what they still have.
     /// Called with no lock held. A page that is not done keeps its contents, and [`Engine::give`] restores it.
     fn withdraw(&self, range: AddrRange) -> Progress {

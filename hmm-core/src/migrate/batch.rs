@@ -1,19 +1,20 @@
 //! One batch: which pages it holds, what each of them is, and what becomes of it.
 
-use super::{MigrateRequest, cleared};
+use super::MigrateRequest;
 use crate::account::GroupId;
 use crate::addr::{AddrRange, Pfn, VirtAddr};
-use crate::arena::{Buffer, Shared};
+use crate::arena::{self, Buffer, Shared};
 use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
 use crate::mm::frames::Block;
-use crate::mm::inflight::{Flight, is_candidate};
+use crate::mm::inflight::{Flight, why_not};
 use crate::mm::page_table::{Entry, Leaf, Place};
 use crate::mm::{Mm, Vma};
 use crate::ops::OwnerId;
 use crate::page_set::PageSet;
+use crate::stay::Stay;
 use crate::sync::this_thread;
 use std::sync::Arc;
 use std::time::Instant;
@@ -56,6 +57,8 @@ pub(super) struct Page {
     pub(super) entry: Entry,
     /// The group that the page is charged to now.
     pub(super) group: Option<GroupId>,
+    /// Why it stays, if it does.
+    pub(super) stay: Stay,
 }
 
 /// A batch under way. Dropping it puts back what it still holds.
@@ -81,7 +84,8 @@ impl<'a> Batch<'a> {
         keep: [Option<AddrRange>; 2],
     ) -> Result<Self> {
         let no_memory = || Error::NoMemory { what: "lists of a migration" };
-        let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM, group: None };
+        let (held, fate, stay) = (Held::No, Fate::Restore, Stay::NotSelected);
+        let blank = Page { held, fate, entry: Entry::SYSTEM, group: None, stay };
         let stack = mm.own_stack(range);
         let keep = [keep[0], keep[1], stack];
         let flight = Flight::new(range, this_thread(), keep).ok_or_else(no_memory)?;
@@ -176,32 +180,45 @@ impl<'a> Batch<'a> {
         select: Select,
         blocked: &PageSet,
     ) -> Result<()> {
-        let want_system = select.contains(Select::SYSTEM) && self.vma.can_migrate();
+        let system = match select.contains(Select::SYSTEM) {
+            true => self.vma.stays(),
+            false => Some(Stay::NotSelected),
+        };
         let want_device = select.contains(Select::DEVICE);
         let leaf = self.leaf(part.start())?;
         let mut devices = LastFound::default();
         let _layout = self.mm.engine.layout().hold();
         let mut entries = leaf.lock();
         // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
-        let mut blocked = *blocked;
-        self.mm.pins.within(part, |pin| blocked.insert_pages(pin));
+        let mut pinned = PageSet::default();
+        self.mm.pins.within(part, |pin| pinned.insert_pages(pin));
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();
             let entry = entries[slot];
             // Pinned pages do not leave, but they come home.
-            let want_system = want_system && !blocked.contains(slot);
-            if !is_candidate(entry, want_system, want_device) {
+            let system = system.or_else(|| match () {
+                () if pinned.contains(slot) => Some(self.why_pinned(address)),
+                () => blocked.contains(slot).then_some(Stay::Needed),
+            });
+            let index = self.range.index_of(address);
+            let stay = match (why_not(entry, system, want_device), entry.place()) {
+                (None, Place::Device(page)) if !self.may_take(page, &mut devices) => {
+                    Some(Stay::Foreign)
+                }
+                (why, _) => why,
+            };
+            if let Some(stay) = stay {
+                self.pages[index].stay = stay;
                 continue;
             }
             let held = match entry.place() {
-                Place::Device(page) if !self.may_take(page, &mut devices) => continue,
                 Place::Device(_) => Held::OnDevice,
                 _ => Held::Mapped,
             };
             entries[slot] = entry.locked();
-            let index = self.range.index_of(address);
-            self.pages[index] = Page { held, fate: Fate::Restore, entry, group: entry.group() };
+            let (fate, stay) = (Fate::Restore, Stay::LeftOut);
+            self.pages[index] = Page { held, fate, entry, group: entry.group(), stay };
             self.flight.hold(index);
         }
         Ok(())
@@ -210,6 +227,12 @@ impl<'a> Batch<'a> {
     fn may_take(&self, page: Pfn, devices: &mut LastFound) -> bool {
         self.owner
             .is_none_or(|owner| devices.find(page).is_some_and(|devmem| devmem.owner() == owner))
+    }
+
+    fn why_pinned(&self, page: VirtAddr) -> Stay {
+        let mut own = self.mm.frames.area().contains(page);
+        arena::each_own(|range| own |= range.contains(page));
+        if own { Stay::Library } else { Stay::Pinned }
     }
 
     /// One block of frames for each leaf; without one, the leaf's pages stay.
@@ -227,11 +250,13 @@ impl<'a> Batch<'a> {
             if empty.is_empty() && full.is_empty() {
                 continue;
             }
-            self.blocks[number] = self.mm.frames.borrow(&*self.mm.engine, &empty, &full);
+            let engine = &*self.mm.engine;
+            let huge = empty.is_full() && engine.is_huge(part);
+            self.blocks[number] = self.mm.frames.borrow(engine, &empty, &full, huge);
             for offset in 0..part.pages() {
                 let index = self.range.index_of(part.page_at(offset));
                 match (self.blocks[number], self.pages[index].held) {
-                    (None, held) if held != Held::No => self.release(index),
+                    (None, held) if held != Held::No => self.release(index, Stay::NoMemory),
                     (Some(block), Held::OnDevice) => {
                         let slot = part.page_at(offset).index_in_leaf();
                         self.flight.set_frame(index, block.slot(slot));
@@ -274,7 +299,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Lets go of a page whose contents were not taken: it stays what it was.
-    pub(super) fn release(&mut self, index: usize) {
+    pub(super) fn release(&mut self, index: usize, why: Stay) {
+        self.pages[index].stay = why;
         let _layout = self.mm.engine.layout().hold();
         let entry = self.pages[index].entry;
         let kept = self.install(index, entry);
@@ -300,7 +326,9 @@ impl<'a> Batch<'a> {
                     };
                     MigratePfn::new(device, BASE | MigrateFlags::DEVICE | write)
                 }
-                _ => MigratePfn::default(),
+                (Held::No, ..) => MigratePfn::stays(page.stay),
+                _ if !self.flight.is_in_place(index) => MigratePfn::stays(Stay::Changing),
+                _ => MigratePfn::stays(page.stay),
             };
         }
     }
@@ -317,7 +345,7 @@ impl<'a> Batch<'a> {
             let fate = self.fate(index, dst[index], &mut devices, group.id());
             self.pages[index].fate = fate;
             if matches!(fate, Fate::Restore | Fate::Lost) {
-                src[index] = cleared(src[index]);
+                src[index] = src[index].but_stays(self.why_restored(index, dst[index], fate));
                 if let (Some(page), Some(list)) = (dst[index].pfn(), list.as_mut())
                     && page.is_device()
                 {
@@ -370,6 +398,7 @@ impl<'a> Batch<'a> {
             return true;
         }
         if page.held == Held::Empty && !group.try_charge() {
+            page.stay = Stay::Limit;
             return false;
         }
         if page.held != Held::Empty {
@@ -389,6 +418,16 @@ impl<'a> Batch<'a> {
                 group.moved(was_on_device, entry.is_on_device());
             }
             _ => group.uncharge(was_on_device),
+        }
+    }
+
+    fn why_restored(&self, index: usize, dst: MigratePfn, fate: Fate) -> Stay {
+        match () {
+            () if fate == Fate::Lost => Stay::Lost,
+            () if !self.flight.is_in_place(index) => Stay::Changing,
+            () if dst == MigratePfn::default() => Stay::LeftOut,
+            () if self.pages[index].stay == Stay::Limit => Stay::Limit,
+            () => Stay::BadDestination,
         }
     }
 

@@ -26,7 +26,17 @@ import atexit as _atexit
 from typing import TYPE_CHECKING
 
 from . import _native
-from ._native import PAGE_SIZE, Error, Guard, MemoryGroup, Mm, Pin, SoftDevice, current
+from ._native import (
+    PAGE_SIZE,
+    Error,
+    Guard,
+    MemoryGroup,
+    Mm,
+    Pin,
+    SoftDevice,
+    current,
+    stay_reasons,
+)
 from ._residency import MAP_LEGEND, Residency
 from ._residency import draw as _draw
 
@@ -51,6 +61,7 @@ __all__ = [
     "residency",
     "residency_map",
     "rss",
+    "stay_reasons",
     "unpin",
 ]
 

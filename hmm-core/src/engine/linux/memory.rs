@@ -9,7 +9,7 @@ use once_cell::sync::OnceCell;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags};
 use std::time::Instant;
 
 /// `/proc/self/mem`: accesses that ignore protections and never wait for a userfault.
@@ -223,6 +223,15 @@ impl Drop for Reserved {
 /// The kernel's errno.
 pub(in crate::engine) fn drop_pages(range: AddrRange) -> std::result::Result<(), Errno> {
     advise(range, Advice::LinuxDontNeed)
+}
+
+/// Whether some page of a range is locked in memory. Invalidating is nothing but this question to anonymous memory and
+/// files alike.
+pub(in crate::engine) fn is_locked(range: AddrRange) -> bool {
+    let start = range.start().as_ptr().cast();
+    // SAFETY: the call changes nothing, and checks the range.
+    let asked = unsafe { rustix::mm::msync(start, range.len() as usize, MsyncFlags::INVALIDATE) };
+    asked == Err(Errno::BUSY)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod mappings;
 pub(super) mod memory;
 mod presence;
 mod rss;
+pub(super) mod strangers;
 
 pub(super) use mappings::Mappings;
 pub(super) use memory::Memory;

@@ -71,6 +71,25 @@ impl Presence {
         self.pagemap.is_some() || rustix::system::sysinfo().totalswap == 0
     }
 
+    /// Whether a range is all of one huge page, or of several. Only `PAGEMAP_SCAN` tells.
+    pub(in crate::engine) fn is_huge(&self, range: AddrRange) -> bool {
+        let Some(pagemap) = self.pagemap.as_ref().filter(|_| !self.no_scan.load(Ordering::Relaxed))
+        else {
+            return false;
+        };
+        let mut request = ScanRequest {
+            start: range.start().get(),
+            end: range.end().get(),
+            category_mask: abi::PAGE_IS_HUGE,
+            return_mask: abi::PAGE_IS_HUGE,
+            ..ScanRequest::default()
+        };
+        let mut regions = [ScanRegion::default(); 1];
+        let found = abi::pagemap_scan(pagemap, &mut request, &mut regions);
+        let [region] = regions;
+        found == Ok(1) && (region.start, region.end) == (range.start().get(), range.end().get())
+    }
+
     /// Runs of equal state that together cover the range. The older ways cannot tell the zero page from others.
     pub(in crate::engine) fn scan(
         &self,

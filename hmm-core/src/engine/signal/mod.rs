@@ -18,6 +18,7 @@ mod withdraw;
 pub(super) use beside::Follower;
 
 use super::linux::memory::{self, Memory, Reserved};
+use super::linux::strangers;
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
 use super::{
     Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Rss, Stop, Watch,
@@ -232,6 +233,10 @@ impl Engine for SignalEngine {
 
     fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
         if watch == Watch::Absence {
+            if strangers::watch(range) {
+                let what = "another userfaultfd of this process has the range";
+                return Err(Error::Busy { address: range.start(), what });
+            }
             Protector::keep_small(range);
         }
         Ok(())
@@ -261,6 +266,10 @@ impl Engine for SignalEngine {
         let sink = self.common.sink.read().clone();
         let must_stay = |range| sink.as_ref().is_some_and(|sink| sink.must_stay(range));
         self.common.protector.take(range, frame, &must_stay)
+    }
+
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        memory::is_locked(AddrRange::page_of(page))
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {

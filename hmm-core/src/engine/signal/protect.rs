@@ -7,7 +7,7 @@
 
 use super::hidden::{Hidden, Leaf, State};
 use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
-use crate::engine::linux::{Mappings, Memory, Presence};
+use crate::engine::linux::{Mappings, Memory, Presence, memory};
 use crate::engine::trap::copy;
 use crate::engine::{Present, Progress, Stop, VmaKind};
 use crate::error::{Error, Result};
@@ -393,7 +393,8 @@ impl Protector {
     }
 }
 
-/// Moves a copy of frames into the place of inaccessible pages, with access, at once.
+/// Moves a copy of frames into the place of inaccessible pages, with access, at once. Pages that the program locked in
+/// memory meanwhile are locked again, as far as its limit allows.
 fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
     inject::checked(Point::Remap)?;
     let len = part.len() as usize;
@@ -405,12 +406,29 @@ fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
         let staging = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, access, flags)?;
         std::ptr::copy_nonoverlapping(frame.as_ptr().cast_const(), staging.cast::<u8>(), len);
         let target = part.start().as_ptr().cast();
+        let locked = locked_pages(part);
         let moved = rustix::mm::mremap_fixed(staging, len, len, MremapFlags::MAYMOVE, target);
         if moved.is_err() {
             let _ = rustix::mm::munmap(staging, len);
         }
+        for page in locked.filter(|_| moved.is_ok()) {
+            let _ = rustix::mm::mlock(page.as_ptr().cast(), PAGE_SIZE);
+        }
         moved.map(drop)
     }
+}
+
+/// The pages of a part that are locked in memory, looked for at once.
+fn locked_pages(part: AddrRange) -> impl Iterator<Item = VirtAddr> {
+    let first = part.start().index_in_leaf();
+    let mut locked = PageSet::default();
+    if memory::is_locked(part) {
+        let pages = (0..part.pages()).map(|page| part.page_at(page));
+        let is_locked = |page: &VirtAddr| memory::is_locked(AddrRange::page_of(*page));
+        pages.filter(is_locked).for_each(|page| locked.insert(page.index_in_leaf()));
+    }
+    let is_locked = move |page: &usize| locked.contains(first + page);
+    (0..part.pages()).filter(is_locked).map(move |page| part.page_at(page))
 }
 
 /// A quarter of the mappings that the process may still have: each run of hidden pages costs two.

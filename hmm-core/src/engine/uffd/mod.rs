@@ -336,6 +336,14 @@ impl Engine for UffdEngine {
         }
     }
 
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.can_move && self.presence.is_huge(range)
+    }
+
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        memory::is_locked(AddrRange::page_of(page))
+    }
+
     fn withdraw(&self, range: AddrRange) -> Progress {
         if self.can_move {
             return Progress { pages: range.pages(), stop: Stop::Done };
