@@ -340,25 +340,35 @@ fn promise_74_a_driver_that_skips_a_homecoming_is_asked_again() {
 }
 
 #[test]
-fn promise_80_nothing_can_pin_a_device_page() {
+fn promise_80_a_pin_of_the_library_brings_the_page_home_first() {
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 4), filled(4));
     assert_eq!(card.all_to_device(region.range()), 4);
-    // The driver's own way: a pin brings the page home, and keeps it there.
     mm.pin_range(region.part(0, 1)).unwrap();
-    assert!(present(region.addr()));
-    assert_eq!((on_device(&mm, region.range()), card.devmem.in_use()), (3, 3));
-    // The kernel's ways.
+    let guard = mm.guard(region.part(1, 1), true).unwrap();
+    assert!(present(region.addr()) && present(region.page_addr(1)));
+    assert_eq!((on_device(&mm, region.range()), card.devmem.in_use()), (2, 2));
+    to_device(&card, region.range());
+    assert!(present(region.addr()) && present(region.page_addr(1)));
+    drop(guard);
+    mm.unpin_range(region.part(0, 1)).unwrap();
+    assert!(is_whole(&region));
+}
+
+#[test]
+fn promise_80_a_pin_of_the_kernel_brings_the_page_home_first() {
+    let mm = mm_or_skip!();
     needs!(mm, KERNEL_FAULTS);
+    let (card, region) = (Card::new(&mm, 4), filled(4));
+    assert_eq!(card.all_to_device(region.range()), 4);
     let Some(ring) = kernel_pin(&region, 1, 2) else {
         hmm_tests::skip!("there is no io_uring here");
     };
-    assert_eq!(on_device(&mm, region.range()), 1);
+    assert_eq!(on_device(&mm, region.range()), 2);
     assert!((1..3).all(|page| present(region.page_addr(page))));
     to_device(&card, region.range());
     assert!((1..3).all(|page| present(region.page_addr(page))));
     // SAFETY: the ring belongs to this test.
     unsafe { libc::close(ring) };
     assert!(is_whole(&region));
-    mm.unpin_range(region.part(0, 1)).unwrap();
 }
