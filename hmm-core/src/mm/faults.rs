@@ -101,8 +101,8 @@ impl Mm {
                 Look::Answered(Resolution::Resolved)
             }
             Place::Poisoned => {
+                // Not woken here: where the engine sends the signal itself, the touch would get two.
                 self.engine.poison(fault.addr);
-                self.engine.wake(AddrRange::page_of(fault.addr));
                 Look::Answered(Resolution::Lost)
             }
             Place::System => {

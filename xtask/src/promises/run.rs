@@ -2,7 +2,7 @@
 
 use super::number_of;
 use crate::test::process;
-use crate::test::rust_tests::{self, Program};
+use crate::test::rust_tests::{self, Program, Test};
 use crate::test::suites;
 use crate::test::tally;
 use std::process::Command;
@@ -15,8 +15,8 @@ pub(super) const ENGINES: [&str; 3] = ["uffd", "uffd-inline", "signal"];
 pub(super) const MODEL: &str = "model";
 /// One test takes no longer.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The test programs in Rust, and whether the engine is chosen for them.
-const PROGRAMS: [(&str, bool); 2] = [("promises", true), ("model_promises", false)];
+/// The packages whose tests are looked through, and the engines that are chosen for them; none: they choose themselves.
+const PACKAGES: [(&str, bool); 2] = [("tests", true), ("hmm-core", false)];
 
 /// How a test ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,11 +75,13 @@ pub(super) fn engines() -> Result<Vec<&'static str>, String> {
 pub(super) fn all(engines: &[&'static str]) -> Result<Vec<Seen>, String> {
     let mut jobs = Vec::new();
     for program in programs()?.iter().filter(|program| program.is_test) {
-        let Some((_, is_chosen)) = PROGRAMS.iter().find(|(name, _)| *name == program.name) else {
+        let package = program.package.file_name().unwrap_or_default();
+        let Some((_, is_chosen)) = PACKAGES.iter().find(|(name, _)| package == *name) else {
             continue;
         };
         let on = if *is_chosen { engines } else { &[MODEL] };
-        for test in program.tests()? {
+        let has_number = |test: &Test<'_>| number_of(last_part(&test.name)).is_some();
+        for test in program.tests()?.into_iter().filter(has_number) {
             let file = file_of(program, &test.name);
             for engine in on {
                 let mut command = test.command();
@@ -155,7 +157,7 @@ fn run_one(job: &mut Job) -> Result<Vec<Seen>, String> {
     let outcome = process::run(&mut job.command, LIMIT)?;
     let said = outcome.said();
     let seen = |name: &str, end: End| -> Result<Seen, String> {
-        let test = name.rsplit("::").next().unwrap_or(name).to_string();
+        let test = last_part(name).to_string();
         let number = number_of(&test).ok_or_else(|| format!("{test} names no promise"))?;
         Ok(Seen { number, engine: job.engine, test, file: job.file.clone(), end })
     };
@@ -173,6 +175,11 @@ fn run_one(job: &mut Job) -> Result<Vec<Seen>, String> {
         return Err(format!("{} on {}: {}\n{said}", job.file, job.engine, outcome.ending));
     }
     lines.into_iter().map(|(name, end)| seen(&name, end)).collect()
+}
+
+/// A test's name without the modules around it.
+fn last_part(name: &str) -> &str {
+    name.rsplit("::").next().unwrap_or(name)
 }
 
 fn planned(report: &str) -> usize {
