@@ -38,6 +38,18 @@ pub(super) const LIMITS: &[Limit] = &[
         instead: "As for 23. What a device loads through an old entry of its table is its own old page, never foreign data.",
     },
     Limit {
+        number: 36,
+        engines: &["signal"],
+        missing: "As for 21: what the program drops or unmaps of pages in system memory is not noticed.",
+        instead: "Everything else is: migration, homecoming, and what happens to pages that are away.",
+    },
+    Limit {
+        number: 39,
+        engines: &["signal"],
+        missing: "As for 36.",
+        instead: "An entry for a page that is not there any more lets no access through: `peek` and `poke` fail.",
+    },
+    Limit {
         number: 63,
         engines: REAL,
         missing: "Nobody can keep a program from unmapping a range while its driver is told what moved.",
