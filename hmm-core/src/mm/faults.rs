@@ -207,7 +207,10 @@ impl Mm {
         if entry.is_locked() || entry.place() != Place::Device(page) {
             return;
         }
-        *entry = super::page_table::Entry::POISON;
+        let before = std::mem::replace(entry, super::page_table::Entry::POISON);
+        if let Some(group) = before.group() {
+            group.uncharge(true);
+        }
         drop(entries);
         leaf.notify();
         self.stats.poisoned.fetch_add(1, Ordering::Relaxed);

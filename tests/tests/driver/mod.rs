@@ -276,6 +276,19 @@ impl Card {
     }
 }
 
+impl Drop for Card {
+    /// After every test that migrates: the sums agree.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        match self.mm.check_accounts() {
+            Ok(()) | Err(Error::Gone { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 /// How many pages of a range are on a device.
 pub(crate) fn on_device(mm: &Mm, range: AddrRange) -> usize {
     let mut places = vec![Residency::None; range.pages()];
