@@ -253,7 +253,10 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// When the system cannot be asked.
-    fn rss(&self) -> Result<Rss>;
+    fn rss(&self) -> Result<Rss> {
+        let what = format!("the {} engine does not know what is resident", self.name());
+        Err(Error::Unsupported { what })
+    }
     /// Makes pages present as a CPU access would (zero fill, COW, file read, swap-in). May wait for service threads.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ use crate::limits::DEADLINE;
 use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
 use crate::stats::{Counters, Stats};
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard, this_thread};
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
@@ -155,6 +155,13 @@ impl Mm {
             return Err(Error::Gone { what: "this mm is being closed" });
         }
         self.check_open()
+    }
+
+    /// Whether the calling thread must not wait for pages: it answers faults, or is inside a driver's callback.
+    pub(crate) fn is_in_callback(&self) -> bool {
+        self.engine.is_service_thread()
+            || self.notifiers.in_callback()
+            || self.inflight.count_of_thread(this_thread()) > 0
     }
 
     /// The engine's name, for people: `"uffd"`, `"model"`.

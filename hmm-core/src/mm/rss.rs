@@ -6,6 +6,9 @@ use crate::engine::Rss;
 use crate::error::Result;
 use std::sync::atomic::Ordering;
 
+/// How often frames may change while the process is looked at.
+const LOOKS: usize = 16;
+
 impl Mm {
     /// Resident memory by kind, in bytes, with what is on devices counted as anonymous: what the kernel says of the
     /// process, without the frames that the library holds. So it does not change by migration, in either direction
@@ -20,8 +23,15 @@ impl Mm {
     /// `Os` or `Unsupported` where `/proc` does not tell; `Gone`.
     pub fn rss(&self) -> Result<Rss> {
         self.check_open()?;
-        let frames = self.frames.resident(&*self.engine)?;
-        let mut rss = self.engine.rss()?;
+        let (mut frames, mut rss) = (self.frames.resident(&*self.engine)?, self.engine.rss()?);
+        // Idle frames are freed now and then, perhaps between the two looks.
+        for _ in 0..LOOKS {
+            let again = self.frames.resident(&*self.engine)?;
+            if again == frames {
+                break;
+            }
+            (frames, rss) = (again, self.engine.rss()?);
+        }
         let away = self.stats.device_pages.load(Ordering::Relaxed);
         let bytes = |pages: u64| pages * PAGE_SIZE as u64;
         rss.anon = (rss.anon + bytes(away)).saturating_sub(bytes(frames));

@@ -37,6 +37,12 @@ pub(crate) struct Driver {
     pub(crate) double_frees: AtomicUsize,
     /// `fault` says that the data is lost, for this page of the address space.
     pub(crate) lost: Mutex<Option<u64>>,
+    /// `fault` says that the data is lost, for every page.
+    pub(crate) dead: AtomicBool,
+    /// So often will `fault` say that there is no memory.
+    pub(crate) short_of_memory: AtomicUsize,
+    /// Copying this page of the address space home fails.
+    pub(crate) broken: Mutex<Option<u64>>,
     /// `alloc_and_copy` names no destination.
     pub(crate) refuses: AtomicBool,
     /// `fault` may run in the thread that touched the page, in a signal handler.
@@ -100,8 +106,14 @@ impl DevmemOps for Driver {
         self.writes.fetch_add(usize::from(is_write), Ordering::SeqCst);
         self.answered_by.store(thread_id(), Ordering::SeqCst);
         run(&self.on_fault);
-        if *self.lost.lock().unwrap() == Some(fault.addr.get()) {
+        let is_lost = *self.lost.lock().unwrap() == Some(fault.addr.get());
+        if is_lost || self.dead.load(Ordering::SeqCst) {
             return Err(FaultError::SigBus);
+        }
+        let one_less = |count: usize| count.checked_sub(1);
+        let short = &self.short_of_memory;
+        if short.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok() {
+            return Err(FaultError::OutOfMemory);
         }
         let (mut src, mut dst) = ([MigratePfn::default()], [MigratePfn::default()]);
         let request = MigrateRequest {
@@ -137,6 +149,9 @@ impl Copier<'_> {
         let src = batch.src[index];
         let nothing = MigratePfn::default();
         if src.flags().contains(MigrateFlags::DEVICE) {
+            if *self.driver.broken.lock().unwrap() == Some(batch.range.page_at(index).get()) {
+                return MigratePfn::bare(MigrateFlags::ERROR);
+            }
             let Some(to) = batch.alloc_system_page(batch.range.page_at(index)) else {
                 return nothing;
             };
@@ -190,6 +205,9 @@ impl Card {
             frees: AtomicUsize::new(0),
             double_frees: AtomicUsize::new(0),
             lost: Mutex::new(None),
+            dead: AtomicBool::new(false),
+            short_of_memory: AtomicUsize::new(0),
+            broken: Mutex::new(None),
             refuses: AtomicBool::new(false),
             signal_safe: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
