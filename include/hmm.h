@@ -1616,6 +1616,28 @@ int hmm_devmem_set_signal_safe(struct hmm_devmem *devmem, bool safe);
 long hmm_devmem_in_use(const struct hmm_devmem *devmem);
 
 /**
+ * Brings home what some pages of device memory hold, wherever they are mapped, through the driver's
+ * fault: how a driver makes room when its memory is full.
+ *
+ * The driver's policy chooses the pages. To be called before migrate_vma(), never in
+ * alloc_and_copy, which holds pages and must not wait for others. Evict many pages at once: it
+ * looks at all page tables.
+ *
+ * @param devmem  The device memory.
+ * @param first   Number of the first page, from devmem->pfn_first on.
+ * @param npages  How many pages.
+ * @return How many of them held something; they are free now, unless something else took them. Or:
+ *  - -EINVAL: devmem is not live, or these are not its pages;
+ *  - -EDEADLK: called from inside a callback;
+ *  - -EIO: the device cannot return one (the others came home);
+ *  - -EBUSY: one did not come home in time.
+ *
+ * Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
+ * Source: the kernel's migrate_device_range(), from v6.1 on.
+ */
+long hmm_devmem_evict(struct hmm_devmem *devmem, unsigned long first, unsigned long npages);
+
+/**
  * Stores one word of the driver's with a device page; it stays until the page is freed.
  *
  * @param page  A page of device memory.

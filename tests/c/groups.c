@@ -106,6 +106,27 @@ static void resident_memory_does_not_change_by_migration(void)
 	memory_unmap(memory, 64);
 }
 
+static void evicted_pages_make_room(void)
+{
+	unsigned char *memory = memory_map(80, PROT_READ | PROT_WRITE);
+	unsigned long first;
+
+	test_device_open(&device, mm);
+	first = device.devmem->pfn_first;
+	memory_fill(memory, 80);
+	CHECK_EQ(to_device(memory, 80), 0);
+	CHECK_EQ(memory_count(mm, memory, 80, HMM_RESIDENCY_DEVICE), TEST_DEVICE_PAGES);
+	CHECK_EQ(hmm_devmem_evict(device.devmem, first, 16), 16);
+	CHECK_EQ(hmm_devmem_evict(device.devmem, first, 16), 0);
+	CHECK_EQ(to_device(memory + 64 * PAGE, 16), 0);
+	CHECK_EQ(memory_count(mm, memory + 64 * PAGE, 16, HMM_RESIDENCY_DEVICE), 16);
+	CHECK_EQ(memory_wrong(memory, 80), 0);
+	REFUSED(hmm_devmem_evict(device.devmem, first, TEST_DEVICE_PAGES + 1), EINVAL);
+	CHECK_EQ(hmm_mm_sync(mm), 0);
+	test_device_close(&device);
+	memory_unmap(memory, 80);
+}
+
 static void bad_arguments_are_refused(void)
 {
 	struct hmm_group *group = hmm_group_create(NULL);
@@ -133,6 +154,7 @@ int main(void)
 		TEST(a_charge_follows_its_page_and_stays_with_its_group),
 		TEST(a_limit_keeps_holes_and_nothing_else),
 		TEST(resident_memory_does_not_change_by_migration),
+		TEST(evicted_pages_make_room),
 		TEST(bad_arguments_are_refused),
 	};
 	int count = sizeof(tests) / sizeof(*tests), failed;
