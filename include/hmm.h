@@ -1124,8 +1124,8 @@ int hmm_residency(struct mm_struct *mm,
 /**
  * Reads the counters of an address space.
  *
- * Device pages count in the process's size as before their migration (hmm.txt, section 7): what
- * the process uses is the rss that /proc reports plus `device_pages`.
+ * Device pages count in the process's size as before their migration (hmm.txt, section 7):
+ * hmm_mm_rss() tells it.
  *
  * @param mm        The address space.
  * @param counters  Its size member says how much the caller knows; the rest is filled in.
