@@ -235,6 +235,9 @@ enum hmm_pfn_value_e {
 /** Nothing is mapped there. */
 #define HMM_RESIDENCY_UNMAPPED 5
 
+/** A memory group without a limit of its own: the word "max" in cgroup files. */
+#define HMM_GROUP_NO_LIMIT UINT64_MAX
+
 /* When the soft device takes pages. */
 /** When hmm_soft_migrate() asks for it, and for atomic operations. */
 #define HMM_SOFT_ON_REQUEST 0

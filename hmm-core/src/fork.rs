@@ -8,6 +8,7 @@
 //! Forks of several threads take turns, and the library's process-wide locks are held across each of them, so that no
 //! child inherits one of them taken by a thread that it lacks.
 
+use crate::account;
 use crate::arena;
 use crate::mm::{Mm, next_generation};
 use crate::sync::{Mutex, MutexGuard};
@@ -24,6 +25,7 @@ static UNDER_WAY: UnderWay = UnderWay(UnsafeCell::new(None));
 struct Held {
     _open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
     _current: MutexGuard<'static, Option<Arc<Mm>>>,
+    _groups: MutexGuard<'static, ()>,
     gates: Vec<Arc<Mm>>,
     _turn: MutexGuard<'static, ()>,
 }
@@ -56,7 +58,9 @@ extern "C" fn prepare() {
     let gates = Mm::all_open();
     gates.iter().for_each(|mm| mm.close_gate_for_fork());
     let open = Mm::lock_list();
-    UNDER_WAY.replace(Some(Held { _open: open, _current: current, gates, _turn: turn }));
+    let groups = account::lock_for_fork();
+    let held = Held { _open: open, _current: current, _groups: groups, gates, _turn: turn };
+    UNDER_WAY.replace(Some(held));
     arena::lock_for_fork();
 }
 
@@ -69,6 +73,7 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     next_generation();
+    account::forget_after_fork();
     arena::unlock_after_fork();
     if let Some(mut held) = UNDER_WAY.replace(None) {
         // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.

@@ -10,6 +10,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("libhmm needs 64-bit Linux");
 
+mod account;
 mod addr;
 pub mod arena;
 mod context;
@@ -32,10 +33,11 @@ mod sparse;
 mod stats;
 pub mod sync;
 
+pub use account::{GroupEvents, GroupStat, MemoryGroup};
 pub use addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, Pfn, USER_END, VirtAddr};
 pub use context::{Choice, EngineKind, open_engine};
 pub use devmem::Devmem;
-pub use engine::VmaKind;
+pub use engine::{Rss, VmaKind};
 pub use error::{Error, Result};
 pub use flags::{
     Capabilities, FaultFlags, MigrateFlags, MigratePfn, PfnEntry, PfnFlags, Protection, Select,

@@ -25,6 +25,8 @@ pub const INLINE_RANGES: usize = 4096;
 pub const MAP_TICKETS: usize = 256;
 /// Events read from the kernel at once.
 pub const EVENT_BATCH: usize = 8;
+/// Memory groups, process-wide, the root group included.
+pub const MEMORY_GROUPS: usize = 256;
 /// Devices with memory of their own, process-wide.
 pub const DEVICES: usize = 64;
 /// log2 of the pages in one device's pfn window (256 GiB).

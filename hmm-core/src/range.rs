@@ -120,7 +120,7 @@ impl Mm {
             for offset in 0..part.pages() {
                 let address = part.page_at(offset);
                 let entry = entries[address.index_in_leaf()];
-                if entry != Entry::SYSTEM {
+                if !entry.is_ordinary() {
                     pfns[range.index_of(address)] = device_entry(entry, request.owner, write);
                 }
             }

@@ -9,6 +9,7 @@
 mod counters;
 mod doctor;
 mod error;
+mod group;
 mod guard;
 mod kernel;
 mod memory;
@@ -28,6 +29,8 @@ mod _native {
     use crate::doctor::run_command;
     #[pymodule_export]
     use crate::error::Error;
+    #[pymodule_export]
+    use crate::group::MemoryGroup;
     #[pymodule_export]
     use crate::guard::Guard;
     #[pymodule_export]

@@ -20,6 +20,7 @@ const SOURCES: &[&str] = &[
     "devices",
     "devmem",
     "migrate",
+    "groups",
     "soft",
     "soft_kernels",
 ];

@@ -17,15 +17,16 @@ struct Room {
 const GROUND: &[&str] =
     &["addr", "arena", "error", "flags", "limits", "page_set", "sparse", "sync"];
 /// Interfaces and bookkeeping, below the address space.
-const BELOW_MM: &[&str] = &["engine", "ops", "notifier", "devmem", "stats"];
+const BELOW_MM: &[&str] = &["engine", "ops", "notifier", "devmem", "stats", "account"];
 /// What a verb works with.
-const BELOW_VERBS: &[&str] = &["engine", "ops", "notifier", "devmem", "stats", "mm"];
+const BELOW_VERBS: &[&str] = &["engine", "ops", "notifier", "devmem", "stats", "account", "mm"];
 
 /// Every room; each may also use [`GROUND`].
 const ROOMS: &[Room] = &[
     Room { modules: GROUND, may_use: &[] },
     Room { modules: &["engine"], may_use: &[] },
     Room { modules: &["stats"], may_use: &[] },
+    Room { modules: &["account"], may_use: &[] },
     // The traits that drivers implement name the types that their callbacks receive: data, never a call.
     Room { modules: &["ops"], may_use: &["mm", "migrate", "devmem"] },
     Room { modules: &["notifier"], may_use: &["ops", "stats"] },

@@ -11,7 +11,7 @@ use super::signal::{Follower, SignalEngine};
 use super::uffd::UffdEngine;
 use super::{
     Engine, FaultEvent, FaultSink, Give, LayoutLock, MapEvent, MapTicket, Mapping, Present,
-    Progress, Resolution, Stop, VmaKind, Watch,
+    Progress, Resolution, Rss, Stop, VmaKind, Watch,
 };
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena;
@@ -194,6 +194,10 @@ impl Engine for MixedEngine {
 
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()> {
         self.uffd.scan(range, report)
+    }
+
+    fn rss(&self) -> Result<Rss> {
+        self.uffd.rss()
     }
 
     fn populate(&self, range: AddrRange, write: bool) -> Result<()> {

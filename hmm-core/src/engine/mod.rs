@@ -55,6 +55,17 @@ pub struct Mapping {
     pub identity: u64,
 }
 
+/// Resident memory by kind, in bytes, under the kernel's names (`rss_anon`, `rss_file`, `rss_shmem`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rss {
+    /// Anonymous memory: private, and no page of a file any more.
+    pub anon: u64,
+    /// Pages of files.
+    pub file: u64,
+    /// Shared memory: shared anonymous, memfd, tmpfs.
+    pub shmem: u64,
+}
+
 /// What the CPU page table holds for a run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Present {
@@ -238,6 +249,14 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When the system cannot be asked.
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()>;
+    /// What the process has in system memory, the frames among it.
+    ///
+    /// # Errors
+    /// When the system cannot be asked.
+    fn rss(&self) -> Result<Rss> {
+        let what = format!("the {} engine does not know what is resident", self.name());
+        Err(Error::Unsupported { what })
+    }
     /// Makes pages present as a CPU access would (zero fill, COW, file read, swap-in). May wait for service threads.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! One batch: which pages it holds, what each of them is, and what becomes of it.
 
 use super::{MigrateRequest, cleared};
+use crate::account::GroupId;
 use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::arena::{Buffer, Shared};
 use crate::devmem::LastFound;
@@ -53,6 +54,8 @@ pub(super) struct Page {
     pub(super) fate: Fate,
     /// The entry before it was locked.
     pub(super) entry: Entry,
+    /// The group that the page is charged to now.
+    pub(super) group: Option<GroupId>,
 }
 
 /// A batch under way. Dropping it puts back what it still holds.
@@ -78,7 +81,7 @@ impl<'a> Batch<'a> {
         keep: [Option<AddrRange>; 2],
     ) -> Result<Self> {
         let no_memory = || Error::NoMemory { what: "lists of a migration" };
-        let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM };
+        let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM, group: None };
         let stack = mm.own_stack(range);
         let keep = [keep[0], keep[1], stack];
         let flight = Flight::new(range, this_thread(), keep).ok_or_else(no_memory)?;
@@ -198,7 +201,7 @@ impl<'a> Batch<'a> {
             };
             entries[slot] = entry.locked();
             let index = self.range.index_of(address);
-            self.pages[index] = Page { held, fate: Fate::Restore, entry };
+            self.pages[index] = Page { held, fate: Fate::Restore, entry, group: entry.group() };
             self.flight.hold(index);
         }
         Ok(())
@@ -256,7 +259,9 @@ impl<'a> Batch<'a> {
     /// is gone. The layout lock is held for reading.
     pub(super) fn install(&mut self, index: usize, entry: Entry) -> bool {
         self.pages[index].held = Held::No;
-        let Some(address) = self.flight.address(index) else { return false };
+        let address = self.flight.address(index);
+        self.settle_charge(index, address.map(|_| entry));
+        let Some(address) = address else { return false };
         self.flight.let_go(index);
         if let Some(leaf) = self.mm.table.leaf(address) {
             leaf.lock()[address.index_in_leaf()] = entry.unlocked();
@@ -303,12 +308,13 @@ impl<'a> Batch<'a> {
     /// After the copy: claims the destinations. From here on `src` tells what moves (promise 62).
     pub(super) fn decide(&mut self, src: &mut [MigratePfn], dst: &[MigratePfn]) {
         let (mut rejected, mut devices) = (0, LastFound::default());
+        let group = self.mm.group_reference();
         let mut list = Buffer::new(dst.len(), |_| Pfn::new(0));
         for index in 0..src.len() {
             if !src[index].migrates() {
                 continue;
             }
-            let fate = self.fate(index, dst[index], &mut devices);
+            let fate = self.fate(index, dst[index], &mut devices, group.id());
             self.pages[index].fate = fate;
             if matches!(fate, Fate::Restore | Fate::Lost) {
                 src[index] = cleared(src[index]);
@@ -323,14 +329,21 @@ impl<'a> Batch<'a> {
         self.rejected = list.filter(|_| rejected > 0);
     }
 
-    fn fate(&self, index: usize, dst: MigratePfn, devices: &mut LastFound) -> Fate {
+    fn fate(
+        &mut self,
+        index: usize,
+        dst: MigratePfn,
+        devices: &mut LastFound,
+        group: GroupId,
+    ) -> Fate {
         let page = self.pages[index];
         if !self.flight.is_in_place(index) {
             return Fate::Restore;
         }
         match dst.pfn() {
             Some(target) if target.is_device() => {
-                if devices.find(target).is_some_and(|devmem| devmem.claim(target)) {
+                let mut claim = || devices.find(target).is_some_and(|devmem| devmem.claim(target));
+                if self.charge(index, group) && claim() {
                     Fate::ToDevice(target)
                 } else {
                     Fate::Restore
@@ -346,6 +359,36 @@ impl<'a> Batch<'a> {
                 Fate::Lost
             }
             _ => Fate::Restore,
+        }
+    }
+
+    /// Charges a page that is about to leave for the first time. False when it stays for want of room in its group: only
+    /// a hole, since what has contents is memory that the process has already.
+    fn charge(&mut self, index: usize, group: GroupId) -> bool {
+        let page = &mut self.pages[index];
+        if page.group.is_some() {
+            return true;
+        }
+        if page.held == Held::Empty && !group.try_charge() {
+            return false;
+        }
+        if page.held != Held::Empty {
+            group.charge();
+        }
+        page.group = Some(group);
+        true
+    }
+
+    /// The charge follows the page to what its entry will be; without one there, it ends.
+    fn settle_charge(&mut self, index: usize, entry: Option<Entry>) {
+        let page = &mut self.pages[index];
+        let Some(group) = page.group.take() else { return };
+        let was_on_device = page.entry.is_on_device();
+        match entry {
+            Some(entry) if entry.group() == Some(group) => {
+                group.moved(was_on_device, entry.is_on_device());
+            }
+            _ => group.uncharge(was_on_device),
         }
     }
 

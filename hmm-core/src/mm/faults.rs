@@ -207,7 +207,10 @@ impl Mm {
         if entry.is_locked() || entry.place() != Place::Device(page) {
             return;
         }
-        *entry = super::page_table::Entry::POISON;
+        let before = std::mem::replace(entry, super::page_table::Entry::POISON);
+        if let Some(group) = before.group() {
+            group.uncharge(true);
+        }
         drop(entries);
         leaf.notify();
         self.stats.poisoned.fetch_add(1, Ordering::Relaxed);
@@ -228,16 +231,23 @@ impl Mm {
 
     /// Every device page of this mm comes home (of one device's window, if one is named).
     pub(crate) fn bring_all_home(&self, only: Option<&Devmem>) -> Result<usize> {
-        let everything = AddrRange::new(0, crate::addr::USER_END)?;
-        self.bring_home_matching(everything, &|page| {
+        self.bring_pages_home(&|page| {
             only.is_none_or(|devmem| devmem.pfn_first() <= page && page < devmem.pfn_last())
         })
     }
 
+    /// The device pages of this mm that are wanted come home.
+    pub(crate) fn bring_pages_home(&self, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
+        let everything = AddrRange::new(0, crate::addr::USER_END)?;
+        self.bring_home_matching(everything, wanted)
+    }
+
+    /// A page that is lost keeps no other one away; the first of them is reported in the end.
     fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
         // A driver brings neighbours too, so they are counted before the first call.
         let leaves = self.table.leaves(range);
         let count = leaves.map(|leaf| self.pages_on_device(leaf, range, wanted)).sum();
+        let mut lost = None;
         for leaf in self.table.leaves(range) {
             for addr in super::layout::pages_of(leaf, range) {
                 // For each page: a slow device that gets further is not stuck.
@@ -248,10 +258,7 @@ impl Mm {
                         Ok(()) => {}
                         Err(FaultError::SigBus) => {
                             self.lose(addr, page);
-                            return Err(Error::Lost {
-                                address: addr,
-                                what: "device cannot return it",
-                            });
+                            lost = lost.or(Some(addr));
                         }
                         Err(FaultError::OutOfMemory) => {
                             std::thread::sleep(Duration::from_millis(1))
@@ -263,6 +270,9 @@ impl Mm {
                     }
                 }
             }
+        }
+        if let Some(address) = lost {
+            return Err(Error::Lost { address, what: "device cannot return it" });
         }
         Ok(count)
     }

@@ -6,7 +6,7 @@
 //! empty; taking pages out of a vma needs empty slots, giving pages needs populated ones.
 
 use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SIZE, VirtAddr};
-use crate::engine::Engine;
+use crate::engine::{Engine, Present};
 use crate::error::Result;
 use crate::limits::{FRAME_BLOCKS, IDLE_BLOCKS, RESTING_BLOCKS};
 use crate::page_set::PageSet;
@@ -119,6 +119,18 @@ impl Frames {
 
     fn block(&self, number: u16) -> AddrRange {
         self.area.sub(usize::from(number) * LEAF_PAGES, LEAF_PAGES)
+    }
+
+    /// Frames that have a page now, borrowed or idle.
+    pub(crate) fn resident(&self, engine: &dyn Engine) -> Result<u64> {
+        let used = usize::from(self.pool.lock().untouched);
+        let mut count = 0;
+        if used > 0 {
+            engine.scan(self.area.sub(0, used * LEAF_PAGES), &mut |run, present| {
+                count += if present == Present::Page { run.pages() as u64 } else { 0 };
+            })?;
+        }
+        Ok(count)
     }
 
     /// Borrows a block in which the slots of `empty` are empty and those of `full` are populated.

@@ -216,13 +216,7 @@ impl Mm {
             }
             let mut entries = leaf.lock();
             for entry in pages_of(leaf, range).map(|page| page.index_in_leaf()) {
-                // A locked page's contents belong to its migration, which was told above.
-                if let (false, Place::Device(page)) =
-                    (entries[entry].is_locked(), entries[entry].place())
-                {
-                    doomed.push(page);
-                }
-                entries[entry] = Entry::SYSTEM;
+                forget_entry(std::mem::take(&mut entries[entry]), doomed);
             }
             drop(entries);
             leaf.notify();
@@ -245,11 +239,27 @@ impl Mm {
                 match self.table.leaf_or_new(new_place) {
                     Some(leaf) => leaf.lock()[new_place.index_in_leaf()] = entry,
                     // Without memory for a leaf the page cannot be found again: SIGBUS, never zeros.
-                    None => _ = self.engine.poison(new_place),
+                    None => {
+                        self.engine.poison(new_place);
+                        forget_entry(entry, doomed);
+                    }
                 }
             }
             leaf.notify();
         }
+    }
+}
+
+/// The page of an entry is gone, and its charge with it. What a migration holds belongs to that, which was told.
+fn forget_entry(entry: Entry, doomed: &mut DoomedPages) {
+    if entry.is_locked() {
+        return;
+    }
+    if let Some(group) = entry.group() {
+        group.uncharge(entry.is_on_device());
+    }
+    if let Place::Device(page) = entry.place() {
+        doomed.push(page);
     }
 }
 

@@ -1,6 +1,7 @@
 //! One address space: the engine, the page table, the notifiers, the frames, and the counters.
 
 mod access;
+mod charges;
 mod faults;
 mod fork_gate;
 pub(crate) mod frames;
@@ -9,12 +10,14 @@ mod inline;
 mod layout;
 pub(crate) mod page_table;
 mod pins;
+mod rss;
 pub(crate) mod vma;
 
 pub use access::Residency;
 pub(crate) use fork_gate::next_generation;
 pub use vma::{MmapLock, Vma};
 
+use crate::account::GroupRef;
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
 use crate::arena::{self, Shared};
 use crate::engine::{Engine, FaultSink};
@@ -24,7 +27,7 @@ use crate::limits::DEADLINE;
 use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
 use crate::stats::{Counters, Stats};
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard, this_thread};
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
@@ -55,6 +58,8 @@ pub struct Mm {
     pub(crate) tickets: Tickets,
     pub(crate) removed: RecentlyRemoved,
     pub(crate) stats: Stats,
+    /// Where pages that leave are charged.
+    group: Mutex<GroupRef>,
     lock: MmapLock,
     closing: AtomicBool,
     closed: AtomicBool,
@@ -86,6 +91,7 @@ impl Mm {
             tickets: Tickets::new(),
             removed: RecentlyRemoved::new(),
             stats: Stats::default(),
+            group: Mutex::new(GroupRef::root()),
             lock: MmapLock::default(),
             closing: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -149,6 +155,13 @@ impl Mm {
             return Err(Error::Gone { what: "this mm is being closed" });
         }
         self.check_open()
+    }
+
+    /// Whether the calling thread must not wait for pages: it answers faults, or is inside a driver's callback.
+    pub(crate) fn is_in_callback(&self) -> bool {
+        self.engine.is_service_thread()
+            || self.notifiers.in_callback()
+            || self.inflight.count_of_thread(this_thread()) > 0
     }
 
     /// The engine's name, for people: `"uffd"`, `"model"`.
@@ -260,6 +273,7 @@ impl Mm {
         self.empty_all_devices()?;
         self.closed.store(true, Ordering::Release);
         self.engine.stop();
+        self.drop_charges();
         OPEN.lock().retain(|one| !Weak::ptr_eq(one, &self.me));
         Ok(())
     }
@@ -343,6 +357,7 @@ impl Drop for Mm {
         arena::forget_object(&*self.engine);
         if !self.is_inherited() {
             self.engine.stop();
+            self.drop_charges();
         }
     }
 }

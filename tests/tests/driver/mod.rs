@@ -40,6 +40,12 @@ pub(crate) struct Driver {
     pub(crate) double_frees: AtomicUsize,
     /// `fault` says that the data is lost, for this page of the address space.
     pub(crate) lost: Mutex<Option<u64>>,
+    /// `fault` says that the data is lost, for every page.
+    pub(crate) dead: AtomicBool,
+    /// So often will `fault` say that there is no memory.
+    pub(crate) short_of_memory: AtomicUsize,
+    /// Copying this page of the address space home fails.
+    pub(crate) broken: Mutex<Option<u64>>,
     /// `alloc_and_copy` names no destination.
     pub(crate) refuses: AtomicBool,
     /// `fault` may run in the thread that touched the page, in a signal handler.
@@ -54,8 +60,6 @@ pub(crate) struct Driver {
     pub(crate) on_copy: Mutex<Option<Hook>>,
     /// Runs in `free`, before the page is free.
     pub(crate) on_free: Mutex<Option<PageHook>>,
-    /// So many calls of `fault` say that there is no memory now.
-    pub(crate) short_of_memory: AtomicUsize,
 }
 
 /// A device with memory of its own.
@@ -94,6 +98,9 @@ impl Driver {
         let src = batch.src[index];
         let nothing = MigratePfn::default();
         if src.flags().contains(MigrateFlags::DEVICE) {
+            if *self.broken.lock().unwrap() == Some(batch.range.page_at(index).get()) {
+                return MigratePfn::bare(MigrateFlags::ERROR);
+            }
             let Some(to) = batch.alloc_system_page(batch.range.page_at(index)) else {
                 return nothing;
             };
@@ -132,13 +139,14 @@ impl DevmemOps for Driver {
         self.writes.fetch_add(usize::from(is_write), Ordering::SeqCst);
         self.answered_by.store(thread_id(), Ordering::SeqCst);
         run(&self.on_fault);
+        let is_lost = *self.lost.lock().unwrap() == Some(fault.addr.get());
+        if is_lost || self.dead.load(Ordering::SeqCst) {
+            return Err(FaultError::SigBus);
+        }
         let one_less = |count: usize| count.checked_sub(1);
         let short = &self.short_of_memory;
         if short.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok() {
             return Err(FaultError::OutOfMemory);
-        }
-        if *self.lost.lock().unwrap() == Some(fault.addr.get()) {
-            return Err(FaultError::SigBus);
         }
         let (mut src, mut dst) = ([MigratePfn::default()], [MigratePfn::default()]);
         let request = MigrateRequest {
@@ -206,6 +214,9 @@ impl Card {
             frees: AtomicUsize::new(0),
             double_frees: AtomicUsize::new(0),
             lost: Mutex::new(None),
+            dead: AtomicBool::new(false),
+            short_of_memory: AtomicUsize::new(0),
+            broken: Mutex::new(None),
             refuses: AtomicBool::new(false),
             signal_safe: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
@@ -213,7 +224,6 @@ impl Card {
             on_fault: Mutex::new(None),
             on_copy: Mutex::new(None),
             on_free: Mutex::new(None),
-            short_of_memory: AtomicUsize::new(0),
         });
         let devmem = Devmem::add(driver.clone(), owner, pages).unwrap();
         *driver.first.lock().unwrap() = Some(devmem.pfn_first());
@@ -221,10 +231,10 @@ impl Card {
     }
 
     /// The same driver with other callbacks in front, which pass on to it; its first device memory is never used.
-    pub(crate) fn with_ops(self, ops: Arc<dyn DevmemOps>) -> Self {
+    pub(crate) fn with_ops(&self, ops: Arc<dyn DevmemOps>) -> Self {
         let devmem = Devmem::add(ops, self.driver.owner, self.devmem.len()).unwrap();
         *self.driver.first.lock().unwrap() = Some(devmem.pfn_first());
-        Self { devmem, ..self }
+        Self { mm: Arc::clone(&self.mm), driver: Arc::clone(&self.driver), devmem }
     }
 
     /// Lets `hook` run in `fault` from now on.
@@ -307,6 +317,19 @@ impl Card {
     /// Moves this device's pages of a range home; returns how many.
     pub(crate) fn to_system(&self, range: AddrRange) -> Result<usize, Error> {
         self.migrate(range, Select::DEVICE)
+    }
+}
+
+impl Drop for Card {
+    /// After every test that migrates: the sums agree.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        match self.mm.check_accounts() {
+            Ok(()) | Err(Error::Gone { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 

@@ -79,8 +79,8 @@ pub(in crate::engine) fn populate(range: AddrRange, write: bool) -> Result<()> {
 
 fn advise(range: AddrRange, advice: Advice) -> std::result::Result<(), Errno> {
     let start = range.start().as_ptr().cast();
-    // SAFETY: populating changes no contents, and what is dropped is frames that nobody needs, or pages whose contents
-    // the caller copied. The kernel checks the range.
+    // SAFETY: populating changes no contents, and what is dropped (in a child: after a fork) is frames that nobody needs,
+    // or pages whose contents the caller copied. The kernel checks the range.
     unsafe { rustix::mm::madvise(start, range.len() as usize, advice) }
 }
 
@@ -198,6 +198,8 @@ impl Reserved {
             (reserved.area.start().as_ptr().cast(), MprotectFlags::READ | MprotectFlags::WRITE);
         // SAFETY: the area lies inside the new mapping.
         unsafe { rustix::mm::mprotect(start, bytes as usize, access) }.map_err(no_memory)?;
+        // A child of fork has no use for what is in there, and would count it as its own. Linux 4.14.
+        let _ = advise(reserved.area, Advice::LinuxWipeOnFork);
         Ok(reserved)
     }
 }

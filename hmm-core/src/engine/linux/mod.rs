@@ -5,7 +5,9 @@ mod abi;
 mod mappings;
 pub(super) mod memory;
 mod presence;
+mod rss;
 
 pub(super) use mappings::Mappings;
 pub(super) use memory::Memory;
 pub(super) use presence::Presence;
+pub(super) use rss::rss;

@@ -20,7 +20,8 @@ pub(super) use beside::Follower;
 use super::linux::memory::{self, Memory, Reserved};
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
 use super::{
-    Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Stop, Watch, threads,
+    Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Rss, Stop, Watch,
+    threads,
 };
 use crate::addr::{AddrRange, PAGE_SIZE, VirtAddr};
 use crate::arena::Shared;
@@ -236,6 +237,10 @@ impl Engine for SignalEngine {
 
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()> {
         self.common.protector.presence.scan(range, report)
+    }
+
+    fn rss(&self) -> Result<Rss> {
+        super::linux::rss()
     }
 
     /// Touches what is hidden first: bringing it home, or waiting for who does, is the handler's business.

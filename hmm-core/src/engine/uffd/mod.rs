@@ -24,7 +24,7 @@ pub use open::{Feature, features};
 use super::linux::memory::{self, Memory, Reserved};
 use super::linux::{Mappings, Presence};
 use super::trap::{Trap, copy};
-use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch};
+use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Stop, Watch};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
 use crate::error::{Error, Result};
@@ -290,6 +290,10 @@ impl Engine for UffdEngine {
 
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()> {
         self.presence.scan(range, report)
+    }
+
+    fn rss(&self) -> Result<Rss> {
+        super::linux::rss()
     }
 
     fn populate(&self, range: AddrRange, write: bool) -> Result<()> {
