@@ -8,6 +8,7 @@ use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
+use crate::mm::changes::Still;
 use crate::mm::frames::Block;
 use crate::mm::inflight::{Flight, is_candidate};
 use crate::mm::page_table::{Entry, Leaf, Place};
@@ -134,25 +135,12 @@ impl<'a> Batch<'a> {
         {
             return;
         }
-        self.wait_until_unlocked(self.range, Instant::now() + RANGE_DEADLINE);
+        let deadline = Instant::now() + RANGE_DEADLINE;
+        self.mm.changes.wait_until_over(self.range, Still::Stay, deadline);
+        self.mm.wait_while(self.range, deadline, |entry| entry.is_locked());
         // What this migration needs itself: once its flight is registered, no other one takes it.
         for kept in self.flight.keep.iter().flatten() {
-            self.wait_until_unlocked(*kept, Instant::now() + DEADLINE);
-        }
-    }
-
-    fn wait_until_unlocked(&self, range: AddrRange, deadline: Instant) {
-        for leaf in self.mm.table.leaves(range) {
-            let Some(part) = leaf.range().intersect(range) else { continue };
-            let first = part.start().index_in_leaf();
-            let mut entries = leaf.lock();
-            while entries[first..first + part.pages()].iter().any(|entry| entry.is_locked()) {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return;
-                }
-                entries = leaf.wait(entries, left);
-            }
+            self.mm.wait_while(*kept, Instant::now() + DEADLINE, |entry| entry.is_locked());
         }
     }
 
@@ -185,13 +173,17 @@ impl<'a> Batch<'a> {
         // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
         let mut blocked = *blocked;
         self.mm.pins.within(part, |pin| blocked.insert_pages(pin));
+        // Likewise whoever is about to change the layout.
+        let mut resting = PageSet::default();
+        self.mm.changes.within(part, Still::Stay, |still| blocked.insert_pages(still));
+        self.mm.changes.within(part, Still::Rest, |still| resting.insert_pages(still));
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();
             let entry = entries[slot];
             // Pinned pages do not leave, but they come home.
             let want_system = want_system && !blocked.contains(slot);
-            if !is_candidate(entry, want_system, want_device) {
+            if resting.contains(slot) || !is_candidate(entry, want_system, want_device) {
                 continue;
             }
             let held = match entry.place() {

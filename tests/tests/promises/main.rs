@@ -10,6 +10,7 @@ mod gpu;
 mod locked;
 mod migrate;
 mod mirror;
+mod ordered;
 mod range;
 
 #[path = "../driver/mod.rs"]

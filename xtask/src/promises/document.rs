@@ -1,6 +1,6 @@
 //! The text of docs/PROMISES.md, and reading its table again.
 
-use super::limits::{self, LIMITS};
+use super::limits::{self, CONDITIONS, LIMITS, Remark};
 use super::run::{ENGINES, End, MODEL, Seen};
 use super::table::{COUNT, SECTIONS, text_of};
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(super) type Cells = BTreeMap<(u8, String), String>;
 
 const NONE: &str = "–";
+const CONDITIONAL: &str = "yes*";
 
 fn columns() -> impl Iterator<Item = &'static str> {
     ENGINES.into_iter().chain([MODEL])
@@ -25,6 +26,7 @@ pub(super) fn cells(seen: &[Seen]) -> Result<Cells, String> {
             let limited = limits::is_limited(number, engine);
             let cell = match (passed, skipped) {
                 (false, false) if engine == MODEL => NONE,
+                (true, false) if limits::is_conditional(number, engine) && !limited => CONDITIONAL,
                 (true, false) if !limited => "yes",
                 (true, _) => "part",
                 (false, _) => "no",
@@ -57,7 +59,7 @@ pub(super) fn text(cells: &Cells, seen: &[Seen]) -> Result<String, String> {
         cells.get(&(number, engine.to_string())).map_or(NONE, String::as_str)
     };
     let mut out = String::from(HEAD);
-    out.push_str("\n| engine | shown | in part | not shown |\n| --- | --- | --- | --- |\n");
+    out.push_str("\n| engine | shown | of these with `*` | in part | not shown |\n| --- | --- | --- | --- | --- |\n");
     for engine in columns() {
         let count = |what: &str| (1..=COUNT).filter(|number| cell(*number, engine) == what).count();
         out +=
@@ -84,18 +86,17 @@ pub(super) fn text(cells: &Cells, seen: &[Seen]) -> Result<String, String> {
             out += &format!(" {} |\n", tests_of(number, seen));
         }
     }
-    out.push_str(REASONS);
-    for limit in LIMITS {
-        let engines: Vec<String> = limit.engines.iter().map(|name| format!("`{name}`")).collect();
-        out += &format!(
-            "| {} | {} | {} | {} |\n",
-            limit.number,
-            engines.join(" "),
-            limit.missing,
-            limit.instead
-        );
-    }
+    out.push_str(CONDITIONS_HEAD);
+    CONDITIONS.iter().for_each(|remark| out += &line(remark));
+    out.push_str(LIMITS_HEAD);
+    LIMITS.iter().for_each(|remark| out += &line(remark));
     Ok(out)
+}
+
+fn line(remark: &Remark) -> String {
+    let engines: Vec<String> = remark.engines.iter().map(|name| format!("`{name}`")).collect();
+    let (number, engines) = (remark.number, engines.join(" "));
+    format!("| {number} | {engines} | {} | {} |\n", remark.what, remark.instead)
 }
 
 /// Links to the tests for real memory; those of the model are all in one file.
@@ -119,16 +120,25 @@ const HEAD: &str = "\
 What hmm.txt, and the kernel's headers and code of its age, promise to users of HMM, as 82 statements, and which of them
 the tests show on which engine. Written by `cargo xtask promises` from the run of the tests; `make test` compares it.
 
-- **yes**: a test shows it, with its hard half, on real memory.
+- **yes**: a test shows it, with its hard half, on real memory. `yes*`: under a condition, which stands below.
 - **part**: a test shows a part of it; the rest has its reason below.
 - **no**: it is not shown, for the reason below.
 
 A test has the number of its promise in its name (`promise_48_free_runs_once`; the table leaves the number out). Each runs
-in a process of its own, on each engine. Those of the model engine are in
-[model_promises.rs](../hmm-core/tests/model_promises.rs); there `–` says that the promise is about real memory or about C.
+in a process of its own, on each engine. Tests that end in `_in_order` run under `libhmm_preload.so` with
+`HMM_LAYOUT=ordered`, which announces changes of the layout before they are made; [GUIDE.md](GUIDE.md) tells of it. The model
+engine's are in [model_promises.rs](../hmm-core/tests/model_promises.rs) and its like; there `–` says that the promise is
+about real memory or about C.
 ";
 
-const REASONS: &str = "
+const CONDITIONS_HEAD: &str = "
+## What is shown under a condition, and what holds without it
+
+| # | engines | condition | without it |
+| --- | --- | --- | --- |
+";
+
+const LIMITS_HEAD: &str = "
 ## What is missing, why, and what there is instead
 
 | # | engines | missing | instead |
