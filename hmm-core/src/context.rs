@@ -176,6 +176,8 @@ impl Mm {
             return Err(Error::NoMemory { what: "hooks for libhmm_preload.so" });
         }
         tell(&choice, is_ordered);
+        // Only now: an mm that does not open is no test of one that runs.
+        crate::inject::configure_from_environment()?;
         if !mm.serves_kernel() {
             crate::preload::attach(&mm, Some(crate::engine::program_action));
         }
