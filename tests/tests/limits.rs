@@ -4,7 +4,7 @@
 
 mod driver;
 
-use driver::{Card, Ended, child_of, is_child, on_device};
+use driver::{Card, Ended, away, child_of, home, is_child, on_device};
 use hmm_core::{
     AddrRange, Devmem, Error, MigratePfn, Mm, PAGE_SIZE, Pfn, Residency, Select, VirtAddr,
 };
@@ -51,16 +51,16 @@ fn a_full_device_takes_what_fits_and_says_which_pages_moved() {
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 10), filled(16));
     // What something holds for a moment is not what this is about.
-    assert_eq!(card.all_to_device(region.part(0, 10)), 10);
-    assert_eq!(card.to_system(region.range()).unwrap(), 10);
+    away(&card, region.part(0, 10));
+    home(&card, region.range());
     let first = moved(&card, region.range());
-    let away = first.iter().filter(|moved| **moved).count();
-    assert!((1..=10).contains(&away), "{first:?}");
+    let moved_now = first.iter().filter(|moved| **moved).count();
+    assert!((1..=10).contains(&moved_now), "{first:?}");
     for (page, moved) in first.iter().enumerate() {
         let place = where_is(&mm, &region, page);
         assert_eq!(matches!(place, Residency::Device(_)), *moved, "page {page} is {place:?}");
     }
-    assert_eq!((card.devmem.in_use(), card.driver.free_pages()), (away, 10 - away));
+    assert_eq!((card.devmem.in_use(), card.driver.free_pages()), (moved_now, 10 - moved_now));
     // A full device moves nothing more, and says no error.
     while card.driver.free_pages() > 0 {
         card.to_device(region.range()).unwrap();
@@ -70,7 +70,7 @@ fn a_full_device_takes_what_fits_and_says_which_pages_moved() {
     // Those that stayed are as usable as ever; what comes home makes room for them.
     assert!(is_whole(&region));
     assert!(card.settles_at(0));
-    assert_eq!(card.all_to_device(region.part(6, 10)), 10);
+    away(&card, region.part(6, 10));
     assert!(is_whole(&region));
     assert_eq!(card.driver.double_frees.load(Ordering::SeqCst), 0);
 }
@@ -79,13 +79,13 @@ fn a_full_device_takes_what_fits_and_says_which_pages_moved() {
 fn a_driver_makes_room_by_evicting_before_it_migrates() {
     let mm = mm_or_skip!();
     let (card, old, new) = (Card::new(&mm, 16), filled(16), filled(8));
-    assert_eq!(card.all_to_device(old.range()), 16);
+    away(&card, old.range());
     assert_eq!(moved(&card, new.range()), [false; 8]);
     // Half of the device, whatever is there.
     let first = card.devmem.pfn_first();
     assert_eq!(card.devmem.evict(first, 8).unwrap(), 8);
     assert_eq!((card.devmem.in_use(), on_device(&mm, old.range())), (8, 8));
-    assert_eq!(card.all_to_device(new.range()), 8);
+    away(&card, new.range());
     for page in 0..8 {
         let Residency::Device(at) = where_is(&mm, &new, page) else { panic!("page {page}") };
         assert!((first..Pfn::new(first.get() + 8)).contains(&at), "{at:?}");
@@ -100,11 +100,11 @@ fn a_driver_makes_room_by_evicting_before_it_migrates() {
 fn evicting_from_inside_a_copy_is_refused_at_once() {
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 8), filled(8));
-    assert_eq!(card.all_to_device(region.part(0, 4)), 4);
+    away(&card, region.part(0, 4));
     let (devmem, said) = (Arc::clone(&card.devmem), Arc::new(Mutex::new(Vec::new())));
     let says = Arc::clone(&said);
     card.when_copying(move || says.lock().unwrap().push(devmem.evict(devmem.pfn_first(), 8)));
-    assert_eq!(card.all_to_device(region.part(4, 4)), 4);
+    away(&card, region.part(4, 4));
     card.calm();
     let said = said.lock().unwrap();
     assert!(said.iter().all(|said| matches!(said, Err(Error::Deadlock { .. }))), "{said:?}");
@@ -115,7 +115,7 @@ fn evicting_from_inside_a_copy_is_refused_at_once() {
 fn removing_device_memory_brings_all_home_and_waits_for_slow_drivers() {
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 64), filled(64));
-    assert_eq!(card.all_to_device(region.range()), 64);
+    away(&card, region.range());
     card.driver.short_of_memory.store(20, Ordering::SeqCst);
     card.devmem.remove().unwrap();
     assert_eq!((on_device(&mm, region.range()), card.devmem.in_use()), (0, 0));
@@ -132,7 +132,7 @@ fn removing_device_memory_brings_all_home_and_waits_for_slow_drivers() {
 fn a_touch_waits_until_there_is_memory_for_the_page() {
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 4), filled(4));
-    assert_eq!(card.all_to_device(region.range()), 4);
+    away(&card, region.range());
     card.driver.short_of_memory.store(5, Ordering::SeqCst);
     assert!(page_is_whole(&region, 2));
     assert_eq!(card.driver.short_of_memory.load(Ordering::SeqCst), 0);
@@ -141,7 +141,7 @@ fn a_touch_waits_until_there_is_memory_for_the_page() {
     assert_eq!(card.to_system(region.part(0, 2)).unwrap(), 0);
     assert_eq!(on_device(&mm, region.part(0, 2)), 2);
     card.driver.refuses.store(false, Ordering::SeqCst);
-    assert_eq!(card.to_system(region.part(0, 2)).unwrap(), 2);
+    home(&card, region.part(0, 2));
     assert!(is_whole(&region));
 }
 
@@ -196,10 +196,10 @@ fn a_page_whose_copy_fails_raises_sigbus_and_its_neighbours_do_not() {
     note_bus_errors();
     let mm = mm_or_skip!();
     let (card, region) = (Card::new(&mm, 8), filled(8));
-    assert_eq!(card.all_to_device(region.range()), 8);
+    away(&card, region.range());
     *card.driver.broken.lock().unwrap() = Some(region.page_addr(3));
     // In one batch with its neighbours.
-    assert_eq!(card.to_system(region.range()).unwrap(), 7);
+    home(&card, region.range());
     assert_eq!(where_is(&mm, &region, 3), Residency::Poisoned);
     assert_eq!((mm.counters().poisoned, card.devmem.in_use()), (1, 0));
     assert!((0..8).filter(|page| *page != 3).all(|page| page_is_whole(&region, page)));
@@ -212,8 +212,8 @@ fn a_page_whose_copy_fails_raises_sigbus_and_its_neighbours_do_not() {
     // The others go on: away and home again.
     *card.driver.broken.lock().unwrap() = None;
     for part in [region.part(0, 3), region.part(4, 4)] {
-        assert_eq!(card.all_to_device(part), part.pages());
-        assert_eq!(card.to_system(part).unwrap(), part.pages());
+        away(&card, part);
+        home(&card, part);
     }
     assert!((0..8).filter(|page| *page != 3).all(|page| page_is_whole(&region, page)));
 }
@@ -228,7 +228,8 @@ fn a_device_that_is_gone_costs_its_own_pages_and_no_others() {
     let mm = mm_or_skip!();
     let (gone, other) = (Card::new(&mm, 8), Card::new(&mm, 8));
     let (lost, kept, home) = (filled(8), filled(8), filled(8));
-    assert_eq!((gone.all_to_device(lost.range()), other.all_to_device(kept.range())), (8, 8));
+    away(&gone, lost.range());
+    away(&other, kept.range());
     gone.driver.dead.store(true, Ordering::SeqCst);
     // A touch, a request, and the rest with the device itself.
     let _ = lost.word(5 * WORDS + 7).load(Ordering::Relaxed);
@@ -245,6 +246,6 @@ fn a_device_that_is_gone_costs_its_own_pages_and_no_others() {
     assert_eq!(mm.counters().poisoned, 8);
     assert!(is_whole(&home) && is_whole(&kept));
     assert!(other.settles_at(0));
-    assert_eq!(other.all_to_device(home.range()), 8);
+    away(&other, home.range());
     assert!(is_whole(&home));
 }

@@ -339,6 +339,23 @@ impl Drop for Card {
     }
 }
 
+/// Sends pages away, however long it takes on a busy machine.
+pub(crate) fn away(card: &Card, range: AddrRange) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while card.all_to_device(range) < range.pages() {
+        assert!(Instant::now() < deadline, "some pages of {range:?} do not leave");
+    }
+}
+
+/// Brings pages home, however long it takes.
+pub(crate) fn home(card: &Card, range: AddrRange) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while on_device(&card.mm, range) > 0 {
+        card.to_system(range).unwrap();
+        assert!(Instant::now() < deadline, "some pages of {range:?} do not come home");
+    }
+}
+
 /// How many pages of a range are on a device.
 pub(crate) fn on_device(mm: &Mm, range: AddrRange) -> usize {
     let mut places = vec![Residency::None; range.pages()];
