@@ -1,7 +1,8 @@
 /* With the real libhmm, in ordered mode: two threads change the layout of their memory in every way while two others
- * migrate it. Every word is checked after every change. */
+ * migrate it, and a fifth forks. Every word is checked after every change. */
 #include "layout.h"
 
+#include <sys/wait.h>
 #include <time.h>
 
 #define SLOTS 6
@@ -140,10 +141,32 @@ static void *migrate(void *argument)
 	return NULL;
 }
 
+/* Children that change their own layout, while the parent's changes: nothing of the parent's concerns them. */
+static void fork_all_the_while(long until)
+{
+	struct timespec now;
+	int status = 0;
+
+	do {
+		pid_t child = fork();
+
+		if (child == 0) {
+			unsigned char *memory = map_pages(NULL, 4, 0);
+
+			fill(memory, 4, 1);
+			_exit(mprotect(memory, PAGE, PROT_READ) || munmap(memory + PAGE, PAGE) || wrong(memory, 1, 1));
+		}
+		CHECK_EQ(waitpid(child, &status, 0), child);
+		CHECK_EQ(status, 0);
+		nanosleep(&(struct timespec){ 0, 100000000 }, NULL);
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while (now.tv_sec < until);
+}
+
 static void changes_and_migrations_at_once_lose_nothing(void)
 {
 	struct hmm_mm_counters counters = { .size = sizeof(counters) };
-	struct timespec length = { SECONDS, 0 };
+	struct timespec start;
 	pthread_t threads[4];
 
 	for (size_t i = 0; i < SLOTS; i++) {
@@ -154,7 +177,8 @@ static void changes_and_migrations_at_once_lose_nothing(void)
 		pthread_create(&threads[i], NULL, change, (void *)i);
 		pthread_create(&threads[2 + i], NULL, migrate, (void *)i);
 	}
-	nanosleep(&length, NULL);
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	fork_all_the_while(start.tv_sec + SECONDS);
 	stop = 1;
 	for (size_t i = 0; i < 4; i++)
 		pthread_join(threads[i], NULL);
