@@ -168,6 +168,8 @@ impl Mm {
         let layout = wished_layout()?;
         let (engine, choice) = open_engine()?;
         let mm = Self::with_engine(engine)?;
+        // Only now: an mm that does not open is no test of one that runs.
+        crate::inject::configure_from_environment()?;
         let is_told = mm.capabilities().contains(Capabilities::EVENTS);
         let is_ordered = layout == LayoutWish::Ordered || layout == LayoutWish::AsFits && !is_told;
         let is_ordered = is_ordered && crate::preload::layout::attach(&mm);
@@ -176,8 +178,6 @@ impl Mm {
             return Err(Error::NoMemory { what: "hooks for libhmm_preload.so" });
         }
         tell(&choice, is_ordered);
-        // Only now: an mm that does not open is no test of one that runs.
-        crate::inject::configure_from_environment()?;
         if !mm.serves_kernel() {
             crate::preload::attach(&mm, Some(crate::engine::program_action));
         }

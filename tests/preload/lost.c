@@ -3,6 +3,8 @@
 #include "../c/device.h"
 
 #include <errno.h>
+#include <setjmp.h>
+#include <signal.h>
 
 #define PAGES 4UL
 
@@ -101,12 +103,56 @@ static void what_is_dropped_need_not_come_home(void)
 	CHECK_EQ(munmap(memory, PAGES * PAGE), 0);
 }
 
+static sigjmp_buf back;
+static volatile int buses;
+static void *volatile bus_at;
+static unsigned char room[8192] __attribute__((aligned(4096)));
+/* The signal came while another handler ran on the same stack. */
+static volatile int nested;
+
+static void on_bus(int number, siginfo_t *info, void *context)
+{
+	unsigned long interrupted = 0;
+
+#ifdef __x86_64__
+	interrupted = (unsigned long)((ucontext_t *)context)->uc_mcontext.gregs[REG_RSP];
+#endif
+	(void)number, (void)context;
+	nested |= interrupted >= address(room) && interrupted < address(room) + sizeof(room);
+	buses++;
+	bus_at = info->si_addr;
+	siglongjmp(back, 1);
+}
+
+/* Where handlers run on a stack that has room for one. */
+static void a_touch_of_what_is_lost_is_one_sigbus(void)
+{
+	struct sigaction action = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO | SA_ONSTACK }, old;
+	stack_t stack = { .ss_sp = room, .ss_size = sizeof(room) }, none = { .ss_flags = SS_DISABLE };
+	unsigned char *memory = away();
+
+	CHECK_EQ(sigaltstack(&stack, NULL), 0);
+	CHECK_EQ(sigaction(SIGBUS, &action, &old), 0);
+	for (int touch = 1; touch <= 3; touch++) {
+		if (!sigsetjmp(back, 1))
+			*(volatile unsigned char *)memory = 1;
+		CHECK_EQ(buses, touch);
+		CHECK(bus_at == memory);
+		CHECK_EQ(nested, 0);
+	}
+	CHECK_EQ(sigaction(SIGBUS, &old, NULL), 0);
+	CHECK_EQ(sigaltstack(&none, NULL), 0);
+	check_others(memory);
+	CHECK_EQ(munmap(memory, PAGES * PAGE), 0);
+}
+
 int main(void)
 {
 	static const struct tap_test tests[] = {
 		TEST(what_is_lost_never_becomes_readable_zeros),
 		TEST(what_is_lost_is_not_moved_where_it_would_be_forgotten),
 		TEST(what_is_dropped_need_not_come_home),
+		TEST(a_touch_of_what_is_lost_is_one_sigbus),
 	};
 	int failed;
 

@@ -427,13 +427,21 @@ mod tests {
     #[test]
     fn what_migrations_hold_is_awaited() {
         let page = Entry::device(crate::addr::Pfn::new(crate::addr::Pfn::DEVICE_BASE), true);
-        let all = Capabilities::empty();
-        assert!(waits_for(all, Entry::SYSTEM.locked()));
+        assert!(waits_for(Capabilities::empty(), Entry::SYSTEM.locked()));
         assert!(waits_for(Capabilities::EVENTS, Entry::SYSTEM.locked()));
-        // Who is told of changes can cope with pages that come home meanwhile.
-        assert!(!waits_for(all, page.locked()));
         assert!(waits_for(Capabilities::EVENTS, page.locked()));
-        assert!(!waits_for(Capabilities::EVENTS, page));
+        // Whoever waits for these in vain is refused: without MOVE, pages must be still.
+        for (without, entry) in [
+            // Who is told of changes can cope with pages that come home meanwhile.
+            (Capabilities::MOVE, page.locked()),
+            (Capabilities::MOVE | Capabilities::EVENTS, page),
+        ] {
+            let (_model, mm, range) = stage(without);
+            hold(&mm, range.page_at(3), entry);
+            let announced = mm.begin_change(Change::Unmap(range)).unwrap();
+            mm.end_change(&announced, false);
+            hold(&mm, range.page_at(3), Entry::SYSTEM);
+        }
     }
 
     fn kept(mm: &Mm, range: AddrRange, still: Still) -> usize {
