@@ -228,6 +228,15 @@ enum hmm_pfn_value_e {
  * every engine, as is told at HMM_CAPABILITY_KERNEL_FAULTS.
  */
 #define HMM_CAPABILITY_PRIVATE_FILES (1 << 5)
+/**
+ * The program announces changes of its layout, by way of libhmm_preload.so: callbacks of mirrors
+ * have returned before munmap(), mmap() over something, mremap(), mprotect(), madvise(), brk() and
+ * shmdt() change anything, and the change may be made while the memory migrates, on every engine.
+ * HMM_LAYOUT=ordered asks for it; where HMM_CAPABILITY_EVENTS is missing it is there whenever the
+ * library is loaded. What libc does by itself (free() and realloc() of large blocks, stacks of
+ * threads) is not announced, and noticed as without.
+ */
+#define HMM_CAPABILITY_ORDERED (1 << 6)
 
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */
@@ -845,12 +854,14 @@ int hmm_last_errno(void);
  *
  * The first call chooses the engine and starts its service threads. The environment variable
  * HMM_ENGINE names one: uffd, uffd-inline or signal; auto, or nothing, takes the best that works
- * here. hmm_mm_capabilities() tells what it can do.
+ * here. HMM_LAYOUT=ordered has changes of the layout announced (HMM_CAPABILITY_ORDERED), and is
+ * refused without libhmm_preload.so; HMM_LAYOUT=observed has not. hmm_mm_capabilities() tells what
+ * it can do.
  *
  * @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
  * failure ERR_PTR():
- *  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
- *    help;
+ *  - -EOPNOTSUPP: no engine works on this kernel, or HMM_ENGINE or HMM_LAYOUT asks for what
+ *    cannot be had, and hmm_last_error() says why and what would help;
  *  - -ENOMEM;
  *  - -EBUSY: another thread opens or closes it for more than 10 seconds;
  *  - -EDEADLK: called from inside a callback of its closing.

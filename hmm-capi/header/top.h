@@ -220,6 +220,15 @@ enum hmm_pfn_value_e {
  * every engine, as is told at HMM_CAPABILITY_KERNEL_FAULTS.
  */
 #define HMM_CAPABILITY_PRIVATE_FILES (1 << 5)
+/**
+ * The program announces changes of its layout, by way of libhmm_preload.so: callbacks of mirrors
+ * have returned before munmap(), mmap() over something, mremap(), mprotect(), madvise(), brk() and
+ * shmdt() change anything, and the change may be made while the memory migrates, on every engine.
+ * HMM_LAYOUT=ordered asks for it; where HMM_CAPABILITY_EVENTS is missing it is there whenever the
+ * library is loaded. What libc does by itself (free() and realloc() of large blocks, stacks of
+ * threads) is not announced, and noticed as without.
+ */
+#define HMM_CAPABILITY_ORDERED (1 << 6)
 
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */

@@ -75,6 +75,8 @@ impl Mm {
     ///   is missing, those of memory on a device are noticed at the next touch or call (`sync`), the others not at all.
     /// - `"PRIVATE_FILES"`: private mappings of files (`numpy.memmap` in mode `"c"`) migrate, too. Where it is missing they
     ///   stay. System calls on such memory on a device need a guard on every engine.
+    /// - `"ORDERED"`: changes of mappings are announced before they are made, by `libhmm_preload.so`: they may be made while
+    ///   the memory migrates.
     #[getter]
     fn capabilities(&self) -> Vec<&'static str> {
         self.inner.capabilities().iter_names().map(|(name, _)| name).collect()

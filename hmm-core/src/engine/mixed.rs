@@ -237,6 +237,14 @@ impl Engine for MixedEngine {
         self.files.withdraw_by(range, &|part| self.uffd.drop_watched(part))
     }
 
+    fn hides(&self, range: AddrRange) -> bool {
+        self.in_use() && self.files.hides(range)
+    }
+
+    fn uncover(&self, range: AddrRange) -> Result<()> {
+        self.files.uncover(range)
+    }
+
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {
         if !self.is_of_file(range.start()) {
             return self.uffd.give(range, frame, how);

@@ -283,6 +283,20 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
     /// Finds out what the program did to a range, where nobody reports it. Called with no lock held.
     fn refresh(&self, _range: AddrRange) {}
+    /// The program announced this change, and has made it. For engines that are not told by the kernel; called with no
+    /// lock held, while no page of the range can migrate.
+    fn changed(&self, _event: MapEvent) {}
+    /// Whether the engine keeps pages of a range out of reach by their protection, which the program is about to change.
+    fn hides(&self, _range: AddrRange) -> bool {
+        false
+    }
+    /// Pages of a range that are at home are within reach again, as the program left them. Called with no lock held.
+    ///
+    /// # Errors
+    /// `Fault` or `Busy` when one is not.
+    fn uncover(&self, _range: AddrRange) -> Result<()> {
+        Ok(())
+    }
     /// A hole that was taken is a hole again.
     fn give_hole(&self, _page: VirtAddr) {}
     /// Installs a page of zeros and wakes who waits for it.

@@ -8,6 +8,7 @@ use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
+use crate::mm::changes::Still;
 use crate::mm::frames::Block;
 use crate::mm::inflight::{Flight, why_not};
 use crate::mm::page_table::{Entry, Leaf, Place};
@@ -138,25 +139,12 @@ impl<'a> Batch<'a> {
         {
             return;
         }
-        self.wait_until_unlocked(self.range, Instant::now() + RANGE_DEADLINE);
+        let deadline = Instant::now() + RANGE_DEADLINE;
+        self.mm.changes.wait_until_over(self.range, Still::Stay, deadline);
+        self.mm.wait_while(self.range, deadline, |entry| entry.is_locked());
         // What this migration needs itself: once its flight is registered, no other one takes it.
         for kept in self.flight.keep.iter().flatten() {
-            self.wait_until_unlocked(*kept, Instant::now() + DEADLINE);
-        }
-    }
-
-    fn wait_until_unlocked(&self, range: AddrRange, deadline: Instant) {
-        for leaf in self.mm.table.leaves(range) {
-            let Some(part) = leaf.range().intersect(range) else { continue };
-            let first = part.start().index_in_leaf();
-            let mut entries = leaf.lock();
-            while entries[first..first + part.pages()].iter().any(|entry| entry.is_locked()) {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return;
-                }
-                entries = leaf.wait(entries, left);
-            }
+            self.mm.wait_while(*kept, Instant::now() + DEADLINE, |entry| entry.is_locked());
         }
     }
 
@@ -192,6 +180,10 @@ impl<'a> Batch<'a> {
         // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
         let mut pinned = PageSet::default();
         self.mm.pins.within(part, |pin| pinned.insert_pages(pin));
+        // Likewise whoever is about to change the layout.
+        let (mut staying, mut resting) = (PageSet::default(), PageSet::default());
+        self.mm.changes.within(part, Still::Stay, |still| staying.insert_pages(still));
+        self.mm.changes.within(part, Still::Rest, |still| resting.insert_pages(still));
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();
@@ -199,10 +191,12 @@ impl<'a> Batch<'a> {
             // Pinned pages do not leave, but they come home.
             let system = system.or_else(|| match () {
                 () if pinned.contains(slot) => Some(self.why_pinned(address)),
+                () if staying.contains(slot) => Some(Stay::Changing),
                 () => blocked.contains(slot).then_some(Stay::Needed),
             });
             let index = self.range.index_of(address);
             let stay = match (why_not(entry, system, want_device), entry.place()) {
+                (None, _) if resting.contains(slot) => Some(Stay::Changing),
                 (None, Place::Device(page)) if !self.may_take(page, &mut devices) => {
                     Some(Stay::Foreign)
                 }

@@ -4,6 +4,7 @@
 //! No allocation from the process's heap, no lock that user code can hold, no logging.
 
 use super::Mm;
+use super::changes::Still;
 use super::page_table::Place;
 use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::devmem::Devmem;
@@ -60,6 +61,7 @@ impl FaultSink for Mm {
     fn must_stay(&self, range: AddrRange) -> bool {
         let mut pinned = false;
         self.pins.within(range, |_| pinned = true);
+        self.changes.within(range, Still::Stay, |_| pinned = true);
         pinned
     }
 
@@ -72,7 +74,7 @@ impl FaultSink for Mm {
 enum Look {
     /// The page is on a device; a reference is held.
     Device(Pfn),
-    /// A migration holds it.
+    /// A migration holds it, or a change of the layout.
     Parked,
     /// Done under the leaf's lock.
     Answered(Resolution),
@@ -92,6 +94,7 @@ impl Mm {
             return Look::Parked;
         }
         match entry.place() {
+            Place::Device(_) if self.changes.rests(fault.addr) => Look::Parked,
             Place::Device(page) => {
                 // The entry's own reference keeps the page alive while the lock is held.
                 if Devmem::find(page).is_some_and(|devmem| devmem.get(page)) {
@@ -304,7 +307,7 @@ impl Mm {
         let mut entries = leaf.lock();
         loop {
             let entry = entries[addr.index_in_leaf()];
-            if !entry.is_locked() {
+            if !entry.is_locked() && !self.changes.rests(addr) {
                 let Place::Device(page) = entry.place() else { return Ok(None) };
                 let found = wanted(page) && Devmem::find(page).is_some_and(|one| one.get(page));
                 return Ok(found.then_some(page));

@@ -4,7 +4,7 @@ use super::Mm;
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
 use crate::sync::{Condvar, Mutex, this_thread};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 /// How many forks lie between the first process of the family and this one.
@@ -25,12 +25,19 @@ pub(crate) fn next_generation() {
 pub(super) struct ForkGate {
     closed: Mutex<bool>,
     opened: Condvar,
+    /// A fork was seen: private pages may be shared with a child until they are written.
+    has_forked: AtomicBool,
 }
 
 impl Mm {
     /// Whether nothing may leave for a device now.
     pub(crate) fn is_forking(&self) -> bool {
         *self.gate.closed.lock()
+    }
+
+    /// Whether private pages may be shared with a parent or a child, and become this process's own by a write alone.
+    pub(crate) fn may_share_pages(&self) -> bool {
+        self.generation > 0 || self.gate.has_forked.load(Ordering::Acquire)
     }
 
     /// Waits until no fork is under way. A service thread, and a migration inside another one's callback, must not
@@ -57,6 +64,7 @@ impl Mm {
             return;
         }
         *self.gate.closed.lock() = true;
+        self.gate.has_forked.store(true, Ordering::Release);
         let _ = self.empty_all_devices();
     }
 

@@ -156,19 +156,22 @@ impl Mm {
         let (first, second) = match event {
             MapEvent::Unmap(range) => {
                 self.forget(range, true, &mut doomed);
-                (self.begin(range, InvalidateEvent::Unmap), None)
+                (self.begin_event(range, InvalidateEvent::Unmap), None)
             }
             MapEvent::Remove(range) => {
-                self.removed.insert(range);
+                // What was announced is over when nothing keeps the range still any more.
+                if !self.changes.covers(range) {
+                    self.removed.insert(range);
+                }
                 self.forget(range, false, &mut doomed);
-                (self.begin(range, InvalidateEvent::Clear), None)
+                (self.begin_event(range, InvalidateEvent::Clear), None)
             }
             MapEvent::Remap { from, to } => {
                 let target = AddrRange::from_bounds(to.get(), to.get() + from.len());
                 self.move_entries(from, to, &mut doomed);
                 (
-                    self.begin(from, InvalidateEvent::Unmap),
-                    Some(self.begin(target, InvalidateEvent::Unmap)),
+                    self.begin_event(from, InvalidateEvent::Unmap),
+                    Some(self.begin_event(target, InvalidateEvent::Unmap)),
                 )
             }
         };
@@ -202,9 +205,14 @@ impl Mm {
         invalidating.into_iter().flatten().for_each(|one| self.notifiers.end(one));
     }
 
-    fn begin(&self, range: AddrRange, event: InvalidateEvent) -> Invalidating {
+    fn begin_event(&self, range: AddrRange, event: InvalidateEvent) -> Invalidating {
+        self.begin(Invalidation { range, event, owner: None })
+    }
+
+    /// Counted, and begun.
+    pub(super) fn begin(&self, update: Invalidation) -> Invalidating {
         self.stats.invalidations.fetch_add(1, Ordering::Relaxed);
-        self.notifiers.begin(Invalidation { range, event, owner: None })
+        self.notifiers.begin(update)
     }
 
     /// The pages of a range are gone; so is its registration when it was unmapped.

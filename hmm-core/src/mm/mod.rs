@@ -1,6 +1,7 @@
 //! One address space: the engine, the page table, the notifiers, the frames, and the counters.
 
 mod access;
+pub(crate) mod changes;
 mod charges;
 mod faults;
 mod fork_gate;
@@ -28,6 +29,7 @@ use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
 use crate::stats::{Counters, Stats};
 use crate::sync::{Mutex, MutexGuard, this_thread};
+use changes::Changes;
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
@@ -57,6 +59,9 @@ pub struct Mm {
     pub(crate) pins: Pins,
     pub(crate) tickets: Tickets,
     pub(crate) removed: RecentlyRemoved,
+    pub(crate) changes: Changes,
+    /// Changes of the layout are announced.
+    ordered: AtomicBool,
     pub(crate) stats: Stats,
     /// Where pages that leave are charged.
     group: Mutex<GroupRef>,
@@ -90,6 +95,8 @@ impl Mm {
             pins,
             tickets: Tickets::new(),
             removed: RecentlyRemoved::new(),
+            changes: Changes::new(),
+            ordered: AtomicBool::new(false),
             stats: Stats::default(),
             group: Mutex::new(GroupRef::root()),
             lock: MmapLock::default(),
@@ -169,9 +176,20 @@ impl Mm {
         self.engine.name()
     }
 
-    /// What the engine can do.
+    /// What the engine can do, and whether the program announces changes of its layout.
     pub fn capabilities(&self) -> Capabilities {
-        self.engine.capabilities()
+        let mut capabilities = self.engine.capabilities();
+        capabilities.set(Capabilities::ORDERED, self.is_ordered());
+        capabilities
+    }
+
+    pub(crate) fn is_ordered(&self) -> bool {
+        self.ordered.load(Ordering::Acquire)
+    }
+
+    /// From now on the program announces changes of its layout.
+    pub(crate) fn set_ordered(&self) {
+        self.ordered.store(true, Ordering::Release);
     }
 
     /// What was counted so far.

@@ -194,6 +194,31 @@ impl Protector {
         None
     }
 
+    /// What a range had is dropped, and the table follows: it is accessible again. The layout lock is held for writing.
+    pub(super) fn show_dropped(&self, range: AddrRange) {
+        for leaf in self.hidden.leaves(range) {
+            let Some(part) = leaf.range().intersect(range) else { continue };
+            let state = &mut *leaf.lock();
+            let (mut slot, end) =
+                (part.start().index_in_leaf(), part.start().index_in_leaf() + part.pages());
+            while slot < end {
+                let (run_end, inside) = state.hidden.run_at(slot);
+                let run = leaf.pages(slot, run_end.min(end));
+                slot = run_end;
+                if inside {
+                    (0..run.pages())
+                        .for_each(|page| state.marked.remove(run.page_at(page).index_in_leaf()));
+                    // The program may have put something else there.
+                    if self.is_ours(run) {
+                        self.show(leaf, state, run)
+                    } else {
+                        self.forget(state, run)
+                    }
+                }
+            }
+        }
+    }
+
     /// A page that is not as it was left is not hidden any more. True if it was away.
     fn put_right(&self, state: &mut State, page: AddrRange) -> bool {
         let slot = page.start().index_in_leaf();

@@ -286,6 +286,31 @@ impl Engine for SignalEngine {
         self.common.drain();
     }
 
+    fn changed(&self, event: MapEvent) {
+        let Some(sink) = self.common.sink.read().clone() else { return };
+        let changing = self.common.layout.change();
+        self.common.protector.apply(&event);
+        if let MapEvent::Remove(range) = event {
+            self.common.protector.show_dropped(range);
+        }
+        let ticket = sink.on_map_event(event);
+        drop(changing);
+        sink.finish_map_event(ticket);
+    }
+
+    fn hides(&self, range: AddrRange) -> bool {
+        self.any_hidden(range)
+    }
+
+    fn uncover(&self, range: AddrRange) -> Result<()> {
+        self.touch_hidden(range)?;
+        if self.any_hidden(range) {
+            let what = "a page stays out of reach";
+            return Err(Error::Busy { address: range.start(), what });
+        }
+        Ok(())
+    }
+
     fn give_hole(&self, page: VirtAddr) {
         self.common.protector.show_page(page);
     }
