@@ -145,6 +145,8 @@ impl Mm {
         let (engine, choice) = open_engine()?;
         let mm = Self::with_engine(engine)?;
         tell(&choice);
+        // Only now: an mm that does not open is no test of one that runs.
+        crate::inject::configure_from_environment()?;
         if !mm.serves_kernel() {
             crate::preload::attach(&mm, Some(crate::engine::program_action));
         }

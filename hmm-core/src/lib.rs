@@ -19,6 +19,7 @@ mod error;
 mod evict;
 mod flags;
 mod fork;
+pub mod inject;
 pub mod limits;
 mod migrate;
 mod mirror;

@@ -15,7 +15,7 @@ struct Room {
 
 /// The ground floor: no knowledge of the floors above.
 const GROUND: &[&str] =
-    &["addr", "arena", "error", "flags", "limits", "page_set", "sparse", "stay", "sync"];
+    &["addr", "arena", "error", "flags", "inject", "limits", "page_set", "sparse", "stay", "sync"];
 /// Interfaces and bookkeeping, below the address space.
 const BELOW_MM: &[&str] = &["engine", "ops", "notifier", "devmem", "stats"];
 /// What a verb works with.

@@ -30,6 +30,7 @@ usage: cargo xtask CHORE
       --row NAME           only this row (may be repeated)
       --quick              only the rows and tests that tell the most
       --list               the rows, and what is expected of each
+      --prices             what libhmm costs in each row, instead: the benchmark's ratios
   install --prefix DIR     install the C library: header, libhmm.so, libhmm.a, pkg-config and CMake files
 ";
 

@@ -12,6 +12,7 @@ mod take;
 use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::error::{Error, Result};
 use crate::flags::{MigratePfn, Select};
+use crate::inject::{self, Point};
 use crate::limits::BATCH_LEAVES;
 use crate::mm::inflight::Flight;
 use crate::mm::{Mm, Vma};
@@ -141,7 +142,9 @@ impl Job<'_> {
         batch.describe(src);
         if src.iter().any(|page| page.migrates()) {
             let flight = &*batch.flight.clone();
-            ops.alloc_and_copy(&mut MigrateBatch { mm, vma, range, src: &*src, dst, flight });
+            if inject::fails(Point::Allocate).is_none() {
+                ops.alloc_and_copy(&mut MigrateBatch { mm, vma, range, src: &*src, dst, flight });
+            }
             batch.decide(src, dst);
             ops.finalize_and_map(&MigrateBatch { mm, vma, range, src, dst, flight });
         }

@@ -10,6 +10,7 @@ use crate::devmem::Devmem;
 use crate::engine::{FaultEvent, FaultSink, MapEvent, MapTicket, Progress, Resolution, Stop};
 use crate::error::{Error, Result};
 use crate::flags::FaultFlags;
+use crate::inject::{self, Point};
 use crate::limits::DEADLINE;
 use crate::mm::vma::Vma;
 use crate::ops::{CpuFault, FaultError};
@@ -83,7 +84,7 @@ impl Mm {
     fn look(&self, fault: FaultEvent) -> Look {
         let layout = self.engine.layout().hold();
         let Some(leaf) = self.table.leaf_or_new(fault.addr) else {
-            return Look::Answered(Resolution::Resolved);
+            return Look::Answered(Resolution::Retry);
         };
         let entries = leaf.lock();
         let entry = entries[fault.addr.index_in_leaf()];
@@ -101,8 +102,8 @@ impl Mm {
                 Look::Answered(Resolution::Resolved)
             }
             Place::Poisoned => {
+                // Not woken here: where the engine sends the signal itself, the touch would get two.
                 self.engine.poison(fault.addr);
-                self.engine.wake(AddrRange::page_of(fault.addr));
                 Look::Answered(Resolution::Lost)
             }
             Place::System => {
@@ -182,6 +183,10 @@ impl Mm {
         flags: FaultFlags,
     ) -> std::result::Result<(), FaultError> {
         let Some(devmem) = Devmem::find(page) else { return Err(FaultError::SigBus) };
+        if inject::fails(Point::Fault).is_some() {
+            devmem.put(page);
+            return Err(FaultError::OutOfMemory);
+        }
         let result = match (self.arc(), self.engine.mapping_at(addr)) {
             (Some(mm), Ok(Some(mapping))) if mapping.range.contains(addr) => {
                 let vma = Vma::from_mapping(&*self.engine, &mapping);

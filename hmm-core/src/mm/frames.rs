@@ -11,6 +11,7 @@
 use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SIZE, VirtAddr};
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::inject::{self, Point};
 use crate::limits::{FRAME_BLOCKS, IDLE_BLOCKS, MOVE_MINIMUM, RESTING_BLOCKS};
 use crate::page_set::PageSet;
 use crate::sync::Mutex;
@@ -137,6 +138,7 @@ impl Frames {
         full: &PageSet,
         huge: bool,
     ) -> Option<Block> {
+        inject::checked(Point::Frames).ok()?;
         let mut pool = self.pool.lock();
         pool.used = true;
         let number = match pool.best(empty, full, huge || full.is_full()) {

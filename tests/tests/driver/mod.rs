@@ -202,6 +202,12 @@ impl Card {
         Self { mm: Arc::clone(mm), driver, devmem }
     }
 
+    /// The device's memory never becomes inaccessible with pages beside it, as it may where mappings are short.
+    pub(crate) fn pinned(self) -> Self {
+        self.mm.pin_range(self.driver.memory.range()).unwrap();
+        self
+    }
+
     /// Lets `hook` run in `fault` from now on.
     pub(crate) fn when_faulting(&self, hook: impl Fn() + Send + Sync + 'static) {
         *self.driver.on_fault.lock().unwrap() = Some(Arc::new(hook));

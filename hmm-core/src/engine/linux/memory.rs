@@ -3,6 +3,7 @@
 
 use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
 use crate::error::{Error, Result};
+use crate::inject::{self, Point};
 use crate::limits::DEADLINE;
 use once_cell::sync::OnceCell;
 use rustix::fd::OwnedFd;
@@ -27,12 +28,14 @@ impl Memory {
 
     /// Reads bytes; false when some page is not there.
     pub(in crate::engine) fn peek(&self, addr: VirtAddr, out: &mut [u8]) -> bool {
-        rustix::io::pread(&self.0, &mut *out, addr.get()) == Ok(out.len())
+        inject::checked(Point::Memory).is_ok()
+            && rustix::io::pread(&self.0, &mut *out, addr.get()) == Ok(out.len())
     }
 
     /// Writes bytes, whatever the protection says; false when some page is not there (earlier ones may be written).
     pub(in crate::engine) fn poke(&self, addr: VirtAddr, data: &[u8]) -> bool {
-        rustix::io::pwrite(&self.0, data, addr.get()) == Ok(data.len())
+        inject::checked(Point::Memory).is_ok()
+            && rustix::io::pwrite(&self.0, data, addr.get()) == Ok(data.len())
     }
 
     /// Copies whole pages between two places of this process.
@@ -57,6 +60,8 @@ impl Memory {
 /// # Errors
 /// `Fault` or `Permission` as the access would fail.
 pub(in crate::engine) fn populate(range: AddrRange, write: bool) -> Result<()> {
+    let refused = |errno| Error::os("populate", range.start(), errno);
+    inject::checked(Point::Populate).map_err(refused)?;
     if !can_populate() {
         return touch_all(range, write);
     }

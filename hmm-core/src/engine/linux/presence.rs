@@ -5,6 +5,7 @@ use super::abi::{self, ScanRegion, ScanRequest};
 use crate::addr::{AddrRange, PAGE_SHIFT, VirtAddr};
 use crate::engine::Present;
 use crate::error::{Error, Result};
+use crate::inject::{self, Point};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -95,6 +96,7 @@ impl Presence {
         range: AddrRange,
         report: &mut dyn FnMut(AddrRange, Present),
     ) -> Result<()> {
+        inject::checked(Point::Scan).map_err(|errno| failed("scan", range, errno))?;
         let Some(pagemap) = &self.pagemap else { return ask_mincore(range, report) };
         if !self.no_scan.load(Ordering::Relaxed) {
             match scan_pagemap(pagemap, range, report) {

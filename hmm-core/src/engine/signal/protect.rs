@@ -12,6 +12,7 @@ use crate::engine::trap::copy;
 use crate::engine::{Present, Progress, Stop, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
+use crate::inject::{self, Point};
 use crate::page_set::PageSet;
 use crate::sync::Mutex;
 use rustix::io::Errno;
@@ -46,7 +47,8 @@ pub(super) fn stopped(pages: usize, stop: Stop) -> Progress {
 pub(super) fn protect(range: AddrRange, access: MprotectFlags) -> std::result::Result<(), Stop> {
     let start = range.start().as_ptr().cast();
     // SAFETY: the pages are of a mapping whose pages the engine hides and shows; contents do not change.
-    match unsafe { rustix::mm::mprotect(start, range.len() as usize, access) } {
+    let protect = || unsafe { rustix::mm::mprotect(start, range.len() as usize, access) };
+    match inject::checked(Point::Protect).and_then(|()| protect()) {
         Ok(()) => Ok(()),
         Err(Errno::NOMEM | Errno::AGAIN) => Err(Stop::NoMemory),
         Err(_) => Err(Stop::Refused),
@@ -150,23 +152,29 @@ impl Protector {
         }
         let copied = self.hide_and_copy(target, taking);
         if copied.is_err() {
-            let kept = before.hidden;
-            let mut slot = 0;
-            while slot < LEAF_PAGES {
-                let (end, inside) = hidden.run_at(slot);
-                let run = leaf.pages(slot, end).intersect(target);
-                if let Some(run) =
-                    run.filter(|run| inside && !kept.contains(run.start().index_in_leaf()))
-                {
-                    let _ = protect(run, READ_WRITE);
-                }
-                slot = end;
-            }
-            self.hidden.set(state, kept);
             (state.away, state.whole) = (before.away, before.whole);
             state.of_file = before.of_file;
+            self.show_again(leaf, state, target, before.hidden);
         }
         copied
+    }
+
+    /// Pages that were hidden for nothing, but for those of `kept`. What cannot be shown now, since mappings are short, is
+    /// shown at a touch, or with the others of its leaf.
+    fn show_again(&self, leaf: &Leaf, state: &mut State, target: AddrRange, kept: PageSet) {
+        let wanted = state.hidden.without(&kept);
+        let (mut left, mut slot) = (kept, 0);
+        while slot < LEAF_PAGES {
+            let (end, inside) = wanted.run_at(slot);
+            if let Some(run) = leaf.pages(slot, end).intersect(target).filter(|_| inside)
+                && protect(run, READ_WRITE).is_err()
+            {
+                left.insert_pages(run);
+                state.whole = true;
+            }
+            slot = end;
+        }
+        self.hidden.set(state, left);
     }
 
     /// The part of a leaf around some pages of it that lies in the same mapping.
@@ -251,9 +259,13 @@ impl Protector {
         mut part: AddrRange,
         frame: VirtAddr,
     ) -> std::result::Result<usize, Stop> {
-        if !self.is_intact(state, part) {
-            self.suspect(part);
-            return Err(Stop::Retry);
+        match self.is_intact(state, part) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.suspect(part);
+                return Err(Stop::Retry);
+            }
+            Err(_) => return Err(Stop::NoMemory),
         }
         let in_place = match &self.memory {
             Some(memory) => memory.copy_out(frame, part),
@@ -384,6 +396,7 @@ impl Protector {
 /// Moves a copy of frames into the place of inaccessible pages, with access, at once. Pages that the program locked in
 /// memory meanwhile are locked again, as far as its limit allows.
 fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
+    inject::checked(Point::Remap)?;
     let len = part.len() as usize;
     let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
     // SAFETY: the new mapping replaces nothing; it is filled from frames of the caller's, and then takes the place of

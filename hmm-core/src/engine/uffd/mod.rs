@@ -198,6 +198,21 @@ impl UffdEngine {
     }
 }
 
+impl UffdEngine {
+    /// What was mapped here since the mapping was looked at is not ours, and has absent pages of its own.
+    fn unregister_others(&self, range: AddrRange) {
+        for piece in self.pages.pieces(range) {
+            let mapping = self.pages.mappings.at(piece.start());
+            if !matches!(mapping, Ok(Some(mapping)) if mapping.kind == crate::engine::VmaKind::Anonymous)
+            {
+                // Each descriptor refuses what is not its own.
+                let _ = self.pages.unregister(piece);
+                self.service.second().iter().for_each(|one| _ = one.pages.unregister(piece));
+            }
+        }
+    }
+}
+
 impl Engine for UffdEngine {
     fn name(&self) -> &'static str {
         if self.inline.is_some() { "uffd-inline" } else { "uffd" }
@@ -240,10 +255,15 @@ impl Engine for UffdEngine {
 
     fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
         let mode = self.mode_of(watch);
+        let registering = inline::Registering::begin();
         let done = match self.service.second() {
             Some(second) => second.register(&self.pages, range, mode),
             None => self.pages.register(range, mode),
         };
+        if watch == Watch::Absence {
+            self.unregister_others(range);
+        }
+        drop(registering);
         match done {
             Ok(()) => Ok(()),
             // Before Linux 6.7, files cannot be watched: mirrors of them are not told of changes.
