@@ -26,7 +26,8 @@ pub(super) fn cells(seen: &[Seen]) -> Result<Cells, String> {
             let limited = limits::is_limited(number, engine);
             let cell = match (passed, skipped) {
                 (false, false) if engine == MODEL => NONE,
-                (true, false) if limits::is_conditional(number, engine) && !limited => CONDITIONAL,
+                // What it skips is about the promise without the condition.
+                (true, _) if limits::is_conditional(number, engine) && !limited => CONDITIONAL,
                 (true, false) if !limited => "yes",
                 (true, _) => "part",
                 (false, _) => "no",
