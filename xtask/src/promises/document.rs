@@ -63,8 +63,9 @@ pub(super) fn text(cells: &Cells, seen: &[Seen]) -> Result<String, String> {
     out.push_str("\n| engine | shown | of these with `*` | in part | not shown |\n| --- | --- | --- | --- | --- |\n");
     for engine in columns() {
         let count = |what: &str| (1..=COUNT).filter(|number| cell(*number, engine) == what).count();
-        out +=
-            &format!("| `{engine}` | {} | {} | {} |\n", count("yes"), count("part"), count("no"));
+        let (part, no, conditional) = (count("part"), count("no"), count(CONDITIONAL));
+        let shown = count("yes") + conditional;
+        out += &format!("| `{engine}` | {shown} | {conditional} | {part} | {no} |\n");
     }
     for (first, last, title) in SECTIONS {
         out += &format!("\n## {title}\n\n| # | promise |");
