@@ -133,6 +133,11 @@ pub(super) fn is_conditional(number: u8, engine: &str) -> bool {
     names(CONDITIONS, number, engine)
 }
 
+/// Whether tests may skip a part of a promise on an engine.
+pub(super) fn has_remark(number: u8, engine: &str) -> bool {
+    is_limited(number, engine) || is_conditional(number, engine)
+}
+
 fn names(remarks: &[Remark], number: u8, engine: &str) -> bool {
     remarks.iter().any(|remark| remark.number == number && remark.engines.contains(&engine))
 }

@@ -93,7 +93,7 @@ fn report(seen: &[Seen]) -> usize {
 fn keep_what_cannot_be_seen(cells: &mut Cells, old: &Cells, missing: &[&str], seen: &[Seen]) {
     let is_lacking = |number: u8, engine: &str| {
         let here = seen.iter().filter(|one| one.number == number && one.engine == engine);
-        here.filter(|one| !limits::is_limited(one.number, one.engine)).find_map(|one| {
+        here.filter(|one| !limits::has_remark(one.number, one.engine)).find_map(|one| {
             match &one.end {
                 End::Skipped(reason)
                     if reason.contains(" lacks ") || reason.contains("there is no") =>
