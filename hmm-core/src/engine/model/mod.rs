@@ -44,6 +44,9 @@ use faults::Chaos;
 use state::State;
 use std::sync::Arc;
 
+/// Files, and announcements of a C library, are not modelled.
+const LACKS: Capabilities = Capabilities::PRIVATE_FILES.union(Capabilities::ORDERED);
+
 /// How a model is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelConfig {
@@ -78,7 +81,7 @@ impl ModelEngine {
             layout: LayoutLock::default(),
             state: Mutex::new(State::new(Chaos::new(config.seed, config.faults))),
             touched: Condvar::new(),
-            capabilities: Capabilities::all().difference(config.without),
+            capabilities: Capabilities::all().difference(config.without | LACKS),
         })
     }
 
