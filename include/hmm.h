@@ -1998,6 +1998,24 @@ int hmm_mm_check_accounts(const struct mm_struct *mm);
  */
 const char *hmm_stay_text(unsigned long reason);
 
+/**
+ * Lets calls to the kernel, allocations and callbacks fail now and then, on real memory, for tests
+ * of drivers and programs.
+ *
+ * The rules are those of the environment variable HMM_INJECT, such as "move=EBUSY/10,arena/100":
+ * one UFFDIO_MOVE in ten says EBUSY, one allocation of the library in a hundred fails. An empty
+ * text ends all failures. Pages stay where they are, or the call is tried again; no data is lost.
+ *
+ * @param rules  A NUL-terminated text; replaces all rules of the process.
+ * @return 0, or (and then nothing was changed):
+ *  - -EINVAL: rules is NULL.
+ *  - -EOPNOTSUPP: a rule makes no sense; hmm_last_error() names it and lists the points.
+ *
+ * Context: any thread, but not inside a callback (it may allocate).
+ * Source: ours; the kernel has CONFIG_FAULT_INJECTION for it.
+ */
+int hmm_inject(const char *rules);
+
 /* ---------------------------------------------------------------------------------------------
  * The soft device
  *

@@ -99,6 +99,7 @@ texts! {
     21 => "the driver says that its contents are lost",
     22 => "no memory for its frame: try again later",
     23 => "the kernel refused to let go of the page, and says no more",
+    24 => "its memory group is at its limit: a hole is not filled on a device",
 }
 
 /// What a reason means, and what to do about it.

@@ -11,6 +11,7 @@ mod doctor;
 mod error;
 mod group;
 mod guard;
+mod inject;
 mod kernel;
 mod memory;
 mod mm;
@@ -34,6 +35,8 @@ mod _native {
     use crate::group::MemoryGroup;
     #[pymodule_export]
     use crate::guard::Guard;
+    #[pymodule_export]
+    use crate::inject::inject;
     #[pymodule_export]
     use crate::mm::{Mm, current};
     #[pymodule_export]

@@ -22,6 +22,7 @@ const SOURCES: &[&str] = &[
     "migrate",
     "groups",
     "stay",
+    "inject",
     "soft",
     "soft_kernels",
 ];

@@ -35,6 +35,7 @@ from ._native import (
     Pin,
     SoftDevice,
     current,
+    inject,
     stay_reasons,
 )
 from ._residency import MAP_LEGEND, Residency
@@ -56,6 +57,7 @@ __all__ = [
     "counters",
     "current",
     "guard",
+    "inject",
     "make_present",
     "pin",
     "residency",
