@@ -27,6 +27,9 @@ impl Taken {
     }
 }
 
+/// So often the kernel is asked which frames have pages.
+const LOOKS: usize = 64;
+
 impl Batch<'_> {
     /// Invalidates the mirrors, then empties the pages that the batch holds. Notifiers stay busy until that is done,
     /// so that no device maps a page again that is about to go.
@@ -301,7 +304,7 @@ impl Batch<'_> {
         let frames = AddrRange::from_bounds(first, first + ((to - from) as u64) * 4096);
         let mut populated = block.populated;
         let (pages, base) = (&mut self.pages, from);
-        let scanned = self.mm.engine.scan(frames, &mut |run, present| {
+        let mut note = |run: AddrRange, present| {
             for page in 0..run.pages() {
                 let offset = frames.index_of(run.page_at(page));
                 let page = &mut pages[base + offset];
@@ -312,10 +315,20 @@ impl Batch<'_> {
                     populated.insert(frames.page_at(offset).index_in_leaf());
                 }
             }
-        });
-        if scanned.is_ok()
-            && let Some(block) = &mut self.blocks[number]
-        {
+        };
+        // A kernel that does not say is asked again: a frame that is thought empty, and is not, would give what it has
+        // to the next hole.
+        let mut known = false;
+        for _ in 0..LOOKS {
+            known = self.mm.engine.scan(frames, &mut note).is_ok();
+            if known {
+                break;
+            }
+        }
+        if !known {
+            populated.insert_pages(frames);
+        }
+        if let Some(block) = &mut self.blocks[number] {
             block.populated = populated;
         }
     }

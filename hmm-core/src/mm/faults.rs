@@ -37,8 +37,7 @@ impl FaultSink for Mm {
             Look::Parked => {
                 self.stats.parked_faults.fetch_add(1, Ordering::Relaxed);
                 if fault.thread != 0 && self.inflight.is_held_by(fault.thread, fault.addr) {
-                    self.stats.self_faults.fetch_add(1, Ordering::Relaxed);
-                    return Resolution::WaitsForItself;
+                    return self.doubt_own_batch(fault);
                 }
                 Resolution::Parked
             }
@@ -119,6 +118,18 @@ impl Mm {
                 Look::Answered(self.after_zero(fault, progress))
             }
         }
+    }
+
+    /// The page is held by a migration of the toucher's own. A message that was read late may tell of a touch which is long
+    /// over: the toucher is woken once, and whoever really waits for itself touches again.
+    fn doubt_own_batch(&self, fault: FaultEvent) -> Resolution {
+        let touch = fault.addr.get() | u64::from(fault.thread) << 48 | 1;
+        if !fault.inline && self.doubted.swap(touch, Ordering::Relaxed) != touch {
+            self.engine.wake(AddrRange::page_of(fault.addr));
+            return Resolution::Parked;
+        }
+        self.stats.self_faults.fetch_add(1, Ordering::Relaxed);
+        Resolution::WaitsForItself
     }
 
     /// In a signal handler the driver is only called when it can stand it, and when this thread is not inside one of its

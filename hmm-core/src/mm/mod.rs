@@ -37,7 +37,7 @@ use layout::{RecentlyRemoved, Tickets};
 use page_table::PageTable;
 use pins::Pins;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -72,6 +72,8 @@ pub struct Mm {
     close_lock: Mutex<()>,
     gate: ForkGate,
     generation: u32,
+    /// The touch that [`FaultSink::on_fault`] took last for one that waits for itself.
+    doubted: AtomicU64,
     me: Weak<Mm>,
 }
 
@@ -105,6 +107,7 @@ impl Mm {
             close_lock: Mutex::new(()),
             gate: ForkGate::default(),
             generation: fork_gate::generation(),
+            doubted: AtomicU64::new(0),
             me: Weak::clone(me),
         });
         // In a Rust program both lie in the ordinary heap, and must not migrate.

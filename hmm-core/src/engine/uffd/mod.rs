@@ -24,7 +24,9 @@ pub use open::{Feature, features};
 use super::linux::memory::{self, Memory, Reserved};
 use super::linux::{Mappings, Presence};
 use super::trap::{Trap, copy};
-use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Stop, Watch};
+use super::{
+    Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Stop, VmaKind, Watch,
+};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
 use crate::error::{Error, Result};
@@ -203,8 +205,8 @@ impl UffdEngine {
     fn unregister_others(&self, range: AddrRange) {
         for piece in self.pages.pieces(range) {
             let mapping = self.pages.mappings.at(piece.start());
-            if !matches!(mapping, Ok(Some(mapping)) if mapping.kind == crate::engine::VmaKind::Anonymous)
-            {
+            // Only what is known to be something else: our own, unregistered, would read as zeros.
+            if matches!(mapping, Ok(Some(mapping)) if mapping.kind != VmaKind::Anonymous) {
                 // Each descriptor refuses what is not its own.
                 let _ = self.pages.unregister(piece);
                 self.service.second().iter().for_each(|one| _ = one.pages.unregister(piece));

@@ -36,6 +36,8 @@ pub(crate) struct World {
     /// Without MOVE nothing may be unmapped while it migrates: migrations hold it for reading, changes for writing.
     gate: RwLock<()>,
     stop: AtomicBool,
+    /// Calls are made to fail.
+    pub(crate) fails: bool,
     steps: [AtomicU64; WORKERS.len()],
 }
 
@@ -64,6 +66,7 @@ impl World {
             slots: [const { Mutex::new(None) }; SLOTS],
             gate: RwLock::new(()),
             stop: AtomicBool::new(false),
+            fails: std::env::var_os("HMM_INJECT").is_some_and(|rules| !rules.is_empty()),
             steps: [const { AtomicU64::new(0) }; WORKERS.len()],
             mm,
         })
