@@ -427,12 +427,8 @@ static void promise_59_only_bad_arguments_fail_a_migration(void)
 }
 
 static unsigned long copied_src[PAGES], copied_dst[PAGES];
-
-/* What the core adds for a page that stays. */
-static unsigned long without_reason(unsigned long mpfn)
-{
-	return mpfn & ((1UL << HMM_MIGRATE_REASON_SHIFT) - 1);
-}
+/* The core adds a reason to a page that stays. */
+#define without_reason(mpfn) ((mpfn) & ((1UL << HMM_MIGRATE_REASON_SHIFT) - 1))
 
 static void copy_and_note(struct vm_area_struct *vma, const unsigned long *src, unsigned long *dst, unsigned long start,
 			  unsigned long end, void *data)
