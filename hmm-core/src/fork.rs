@@ -1,14 +1,18 @@
 //! fork: no byte is lost to it.
 //!
 //! A child gets copies of the vmas without the service threads, and would read zeros where pages are away. So before a
-//! fork every page comes home, and nothing leaves until it is over; the kernel's own copy-on-write does the rest. The
-//! parent goes on as before. In the child the inherited mm says `Gone`; the child may open one of its own. `vfork` and
-//! `posix_spawn` run no such handlers and need none: they share the parent's memory.
+//! fork every page comes home, and nothing leaves until it is over; the kernel's own copy-on-write does the rest. What
+//! does not come home, or shall not ([`crate::ForkMode`]), is left out of the child. The parent goes on as before. In
+//! the child the inherited mm says `Gone`, as does device memory; the child may open an mm, and add devices, of its own.
+//!
+//! `vfork` and `posix_spawn` run no such handlers and need none: they share the parent's memory. A child made by the bare
+//! system call (`SYS_clone` without `CLONE_VM`) runs none either, and must not touch what may be away.
 //!
 //! Forks of several threads take turns, and the library's process-wide locks are held across each of them, so that no
 //! child inherits one of them taken by a thread that it lacks.
 
 use crate::arena;
+use crate::devmem::WindowsHeld;
 use crate::mm::{Mm, next_generation};
 use crate::sync::{Mutex, MutexGuard};
 use std::cell::UnsafeCell;
@@ -25,6 +29,7 @@ struct Held {
     _open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
     _current: MutexGuard<'static, Option<Arc<Mm>>>,
     gates: Vec<Arc<Mm>>,
+    windows: WindowsHeld,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -56,7 +61,8 @@ extern "C" fn prepare() {
     let gates = Mm::all_open();
     gates.iter().for_each(|mm| mm.close_gate_for_fork());
     let open = Mm::lock_list();
-    UNDER_WAY.replace(Some(Held { _open: open, _current: current, gates, _turn: turn }));
+    let windows = WindowsHeld::take();
+    UNDER_WAY.replace(Some(Held { _open: open, _current: current, gates, windows, _turn: turn }));
     arena::lock_for_fork();
 }
 
@@ -73,6 +79,18 @@ extern "C" fn child() {
     if let Some(mut held) = UNDER_WAY.replace(None) {
         // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
         let inherited = std::mem::take(&mut held.gates);
+        if inherited.iter().any(|mm| mm.child_has_holes()) {
+            end_child();
+        }
         inherited.into_iter().for_each(|mm| _ = Arc::into_raw(mm));
+        held.windows.disown();
     }
+}
+
+/// Better no child than one that reads zeros for data.
+fn end_child() -> ! {
+    let text = b"libhmm: the child of this fork is ended: pages that are on a device could neither be brought home nor \
+                 left out of it\n";
+    let _ = rustix::io::write(rustix::stdio::stderr(), text);
+    std::process::abort()
 }

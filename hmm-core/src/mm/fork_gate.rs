@@ -1,10 +1,10 @@
 //! Keeps pages at home while the process forks.
 
-use super::Mm;
+use super::{ForkMode, Mm};
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
 use crate::sync::{Condvar, Mutex, this_thread};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 /// How many forks lie between the first process of the family and this one.
@@ -25,6 +25,20 @@ pub(crate) fn next_generation() {
 pub(super) struct ForkGate {
     closed: Mutex<bool>,
     opened: Condvar,
+    /// A [`ForkMode`].
+    mode: AtomicU32,
+    /// The child could read zeros for data.
+    has_holes: AtomicBool,
+}
+
+impl ForkGate {
+    pub(super) fn mode(&self) -> ForkMode {
+        ForkMode::from_number(self.mode.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_mode(&self, mode: ForkMode) {
+        self.mode.store(mode as u32, Ordering::Relaxed);
+    }
 }
 
 impl Mm {
@@ -50,17 +64,29 @@ impl Mm {
         Ok(())
     }
 
-    /// Every page comes home, and stays until the gate is opened again. A device that does not give its pages back is
-    /// reported by the touch in the parent as ever; the child has the same hole.
+    /// Nothing leaves until the gate is opened again. What is away comes home, or is left out of the child, or both where
+    /// a device does not give its pages back. A callback that forks cannot wait for others: it leaves out what is away.
     pub(crate) fn close_gate_for_fork(&self) {
-        if self.engine.is_service_thread() || self.notifiers.in_callback() {
-            return;
-        }
         *self.gate.closed.lock() = true;
-        let _ = self.empty_all_devices();
+        let may_wait = !self.engine.is_service_thread()
+            && !self.notifiers.in_callback()
+            && self.inflight.count_of_thread(this_thread()) == 0;
+        if may_wait && self.gate.mode() == ForkMode::Home {
+            let _ = self.empty_all_devices();
+        } else {
+            self.settle_for_fork(may_wait);
+        }
+        let is_safe = self.leave_out_what_is_away(may_wait);
+        self.gate.has_holes.store(!is_safe, Ordering::Relaxed);
+    }
+
+    /// In the child: whether it could read zeros for data that was away.
+    pub(crate) fn child_has_holes(&self) -> bool {
+        self.gate.has_holes.load(Ordering::Relaxed)
     }
 
     pub(crate) fn open_gate_after_fork(&self) {
+        self.take_back_in();
         *self.gate.closed.lock() = false;
         self.gate.opened.notify_all();
     }

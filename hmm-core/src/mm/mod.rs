@@ -3,6 +3,7 @@
 mod access;
 mod faults;
 mod fork_gate;
+mod fork_mode;
 pub(crate) mod frames;
 pub(crate) mod inflight;
 mod inline;
@@ -13,6 +14,7 @@ pub(crate) mod vma;
 
 pub use access::Residency;
 pub(crate) use fork_gate::next_generation;
+pub use fork_mode::ForkMode;
 pub use vma::{MmapLock, Vma};
 
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
@@ -138,8 +140,9 @@ impl Mm {
         Ok(())
     }
 
-    /// Whether a fork lies between the opening and this process: the service threads are the parent's.
-    pub(crate) fn is_inherited(&self) -> bool {
+    /// Whether a fork lies between the opening and this process: the mm and its threads are the parent's, and calls on it
+    /// say `Gone`. Takes no lock.
+    pub fn is_inherited(&self) -> bool {
         self.generation != fork_gate::generation()
     }
 

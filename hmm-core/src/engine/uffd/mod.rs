@@ -22,7 +22,7 @@ mod service;
 pub use open::{Feature, features};
 
 use super::linux::memory::{self, Memory, Reserved};
-use super::linux::{Mappings, Presence};
+use super::linux::{Mappings, Presence, children};
 use super::trap::{Trap, copy};
 use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch};
 use crate::addr::{AddrRange, VirtAddr};
@@ -448,6 +448,14 @@ impl Engine for UffdEngine {
             (None, Some(second)) if second.ranges.overlaps(range) => second.trap.renew(),
             _ => Ok(()),
         }
+    }
+
+    fn leave_out_of_children(&self, range: AddrRange, out: bool) -> Result<()> {
+        children::leave_out(range, out)
+    }
+
+    fn each_left_out_of_children(&self, report: &mut dyn FnMut(AddrRange)) {
+        children::each_left_out(report);
     }
 
     fn is_service_thread(&self) -> bool {

@@ -1,0 +1,194 @@
+//! What the child of a fork gets of pages that are away.
+//!
+//! The kernel copies to a child what it has itself: where a page is away, that is nothing, and the child would read zeros.
+//! So whatever is still away when the fork comes is left out of it: the child has no mapping there.
+
+use super::Mm;
+use super::page_table::{Entry, Leaf};
+use crate::addr::{AddrRange, LEAF_PAGES, USER_END, VirtAddr};
+use crate::error::{Error, Result};
+use crate::limits::{DEADLINE, RANGE_DEADLINE};
+use crate::page_set::PageSet;
+use crate::sync::this_thread;
+
+/// What the child of a fork gets of pages that are on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
+pub enum ForkMode {
+    /// A copy, as the kernel's: every page comes home before the fork.
+    #[default]
+    Home = 0,
+    /// Nothing: the pages stay on their devices, and the child has no mapping there (a touch of its is SIGSEGV). For
+    /// children that do not need the data, such as those that call `exec` at once.
+    DontCopy = 1,
+    /// A copy at the first touch. No engine has it.
+    Lazy = 2,
+}
+
+impl ForkMode {
+    pub(super) const fn from_number(number: u32) -> Self {
+        match number {
+            1 => Self::DontCopy,
+            _ => Self::Home,
+        }
+    }
+}
+
+impl Mm {
+    /// Sets what children get of pages that are on a device, from the next fork on.
+    ///
+    /// In every mode a child never reads zeros for data: what does not come home, because its device fails or the fork is
+    /// made inside a callback, is left out of the child as [`ForkMode::DontCopy`] leaves it out.
+    ///
+    /// # Errors
+    /// `Unsupported` for [`ForkMode::Lazy`]; `Gone`.
+    pub fn set_fork_mode(&self, mode: ForkMode) -> Result<()> {
+        self.check_open()?;
+        if mode == ForkMode::Lazy {
+            let what = "lazy forks: when a parent dies, the kernel gives its children zeros for pages that only the \
+                        parent could fill; use the mode home, or leave the pages out (dont-copy)"
+                .into();
+            return Err(Error::Unsupported { what });
+        }
+        self.gate.set_mode(mode);
+        Ok(())
+    }
+
+    /// What children get of pages that are on a device.
+    pub fn fork_mode(&self) -> ForkMode {
+        self.gate.mode()
+    }
+
+    /// Nothing new leaves any more: waits for what is on its way, in so far as this thread may wait.
+    pub(super) fn settle_for_fork(&self, may_wait: bool) {
+        let time = if may_wait { DEADLINE } else { RANGE_DEADLINE };
+        let others = self.inflight.of_others(this_thread());
+        self.inflight.wait_for(&others, time);
+        if may_wait {
+            self.table.leaves(everything()).for_each(|leaf| self.show_pages_at_home(leaf));
+        }
+    }
+
+    /// Leaves can be out of reach as a whole, and the child has nobody who shows it what is at home.
+    fn show_pages_at_home(&self, leaf: &Leaf) {
+        if self.engine.hides_pages_at_home(leaf.range()) {
+            // What does not come home is left out with the rest.
+            let _ = self.bring_home(leaf.range());
+        }
+    }
+
+    /// Leaves what is away out of the child. False when something could neither be left out nor brought home.
+    pub(super) fn leave_out_what_is_away(&self, may_wait: bool) -> bool {
+        let mut first = true;
+        let mut all = true;
+        for leaf in self.table.leaves(everything()) {
+            let away = away_of(leaf);
+            if away.is_empty() {
+                continue;
+            }
+            if std::mem::take(&mut first) {
+                self.note_what_the_program_left_out();
+            }
+            let left_to_do = away.without(&leaf.left_out.lock().programs);
+            for run in runs(leaf, left_to_do) {
+                all &= self.leave_out_run(leaf, run, may_wait);
+            }
+        }
+        all
+    }
+
+    fn note_what_the_program_left_out(&self) {
+        self.table
+            .leaves(everything())
+            .for_each(|leaf| leaf.left_out.lock().programs = PageSet::default());
+        self.engine.each_left_out_of_children(&mut |range| {
+            for leaf in self.table.leaves(range) {
+                let part = leaf.range().intersect(range);
+                part.into_iter().for_each(|part| leaf.left_out.lock().programs.insert_pages(part));
+            }
+        });
+    }
+
+    fn leave_out_run(&self, leaf: &Leaf, run: AddrRange, may_wait: bool) -> bool {
+        self.pieces(run).all(|piece| {
+            let done = self.engine.leave_out_of_children(piece, true);
+            if done.is_ok() {
+                leaf.left_out.lock().ours.insert_pages(piece);
+                return true;
+            }
+            // The kernel's lists are short; so the pages come home.
+            let is_home = may_wait && self.bring_home(piece).is_ok();
+            is_home || self.pieces(piece).next().is_none()
+        })
+    }
+
+    /// The mapped parts of a run, each in one mapping. What is not mapped needs no care.
+    fn pieces(&self, run: AddrRange) -> impl Iterator<Item = AddrRange> + '_ {
+        let mut next = run.start();
+        std::iter::from_fn(move || {
+            let rest = AddrRange::new(next.get(), run.end().get()).ok()?;
+            let piece = self.engine.mapping_at(next).ok()??.range.intersect(rest)?;
+            next = piece.end();
+            Some(piece)
+        })
+    }
+
+    /// The fork is over, or it failed: later children get everything again.
+    pub(super) fn take_back_in(&self) {
+        // What was moved meanwhile is known at its new place after this.
+        drop(self.engine.layout().hold());
+        for leaf in self.table.leaves(everything()) {
+            let ours = std::mem::take(&mut leaf.left_out.lock().ours);
+            for piece in runs(leaf, ours).flat_map(|run| self.pieces(run)) {
+                // Only what was unmapped meanwhile refuses.
+                let _ = self.engine.leave_out_of_children(piece, false);
+            }
+        }
+    }
+
+    /// A mapping moved, and the kernel leaves it out of children at its new place. The layout lock is held for writing.
+    pub(super) fn move_left_out(&self, from: AddrRange, to: VirtAddr) {
+        for leaf in self.table.leaves(from) {
+            let ours = leaf.left_out.lock().ours;
+            for page in runs(leaf, ours).filter_map(|run| run.intersect(from)).flat_map(pages) {
+                leaf.left_out.lock().ours.remove(page.index_in_leaf());
+                let new_place = VirtAddr::new(to.get() + (page.get() - from.start().get()));
+                if let Some(leaf) = self.table.leaf_or_new(new_place) {
+                    leaf.left_out.lock().ours.insert(new_place.index_in_leaf());
+                }
+            }
+        }
+    }
+}
+
+fn everything() -> AddrRange {
+    AddrRange::from_bounds(0, USER_END)
+}
+
+fn pages(run: AddrRange) -> impl Iterator<Item = VirtAddr> {
+    (0..run.pages()).map(move |page| run.page_at(page))
+}
+
+/// The pages of a leaf that the kernel does not have, or may lose in the next moment.
+fn away_of(leaf: &Leaf) -> PageSet {
+    let mut away = PageSet::default();
+    let entries = leaf.lock();
+    let slots = entries.iter().enumerate().filter(|(_, entry)| **entry != Entry::SYSTEM);
+    slots.for_each(|(slot, _)| away.insert(slot));
+    away
+}
+
+/// The runs of pages of a set.
+fn runs(leaf: &Leaf, set: PageSet) -> impl Iterator<Item = AddrRange> + use<> {
+    let (range, mut slot) = (leaf.range(), 0);
+    std::iter::from_fn(move || {
+        while slot < LEAF_PAGES {
+            let (start, (end, inside)) = (slot, set.run_at(slot));
+            slot = end;
+            if inside {
+                return Some(range.sub(start, end - start));
+            }
+        }
+        None
+    })
+}
