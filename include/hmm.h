@@ -252,7 +252,13 @@ enum hmm_pfn_value_e {
  * SIGSEGV). For children that do not need the data, such as those that call exec() at once.
  */
 #define HMM_FORK_DONT_COPY 1
-/** A copy at the child's first touch. No engine has it: -EOPNOTSUPP. */
+/**
+ * A copy at the child's first touch: the pages stay where they are, and parent and child share
+ * them. The child has an address space of its own from the start (hmm_mm_current() returns it), and
+ * its touches ask the parent, whose driver brings the pages. When the parent calls exit(), it
+ * leaves the child what it has not had yet; when it ends otherwise, or calls exec(), a touch of such
+ * a page in the child is SIGBUS.
+ */
 #define HMM_FORK_LAZY 2
 
 /* When the soft device takes pages. */
@@ -897,7 +903,6 @@ bool hmm_mm_poke(struct mm_struct *mm, void *addr, const void *buffer, size_t le
  * @param mode  HMM_FORK_HOME (the default), HMM_FORK_DONT_COPY or HMM_FORK_LAZY.
  * @return 0, or:
  *  - -EINVAL: mm is no live handle, or there is no such mode;
- *  - -EOPNOTSUPP: the engine does not have this mode;
  *  - -ENODEV: closed.
  *
  * Context: any thread, callbacks included; does not block.

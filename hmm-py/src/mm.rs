@@ -88,7 +88,8 @@ impl Mm {
     /// - `"home"` (the default): a copy. Every page comes home before the fork.
     /// - `"dont-copy"`: nothing. The pages stay on their devices, and the child has no mapping there: a touch of its kills
     ///   it with SIGSEGV. For children that do not need the data.
-    /// - `"lazy"`: a copy at the first touch. No engine has it: setting it raises `hmm.Error` with `EOPNOTSUPP`.
+    /// - `"lazy"`: a copy at the child's first touch. The pages stay on their devices, and the child asks this process for
+    ///   them; once this process has ended, other than by its own exit, they raise SIGBUS there.
     ///
     /// `subprocess` forks only with `preexec_fn` and a few other options; else it is a `vfork`, which needs nothing of this.
     #[getter]

@@ -71,6 +71,19 @@ static void pages_come_home_or_are_left_out(void)
 	memory_unmap(memory, PAGES);
 }
 
+static void pages_are_shared_until_somebody_touches_them(void)
+{
+	unsigned char *memory = on_device();
+
+	CHECK_EQ(hmm_mm_set_fork_mode(mm, HMM_FORK_LAZY), 0);
+	CHECK_EQ(child_that_reads(memory, 3), 0);
+	CHECK_EQ(child_that_reads(memory, 7), 0);
+	CHECK_EQ(memory_count(mm, memory, PAGES, HMM_RESIDENCY_DEVICE), PAGES - 1);
+	CHECK_EQ(hmm_mm_set_fork_mode(mm, HMM_FORK_HOME), 0);
+	CHECK_EQ(memory_wrong(memory, PAGES), 0);
+	memory_unmap(memory, PAGES);
+}
+
 static void a_device_that_fails_leaves_no_zeros_to_the_child(void)
 {
 	unsigned char *memory = on_device();
@@ -117,6 +130,7 @@ int main(void)
 	static const struct tap_test tests[] = {
 		TEST(modes_are_set_and_told),
 		TEST(pages_come_home_or_are_left_out),
+		TEST(pages_are_shared_until_somebody_touches_them),
 		TEST(a_device_that_fails_leaves_no_zeros_to_the_child),
 		TEST(programs_are_started_with_pages_away),
 	};

@@ -224,17 +224,6 @@ fn a_mapping_that_moves_during_a_fork_is_whole_for_the_next_child() {
 }
 
 #[test]
-fn lazy_forks_are_refused_with_the_reason() {
-    let mm = mm_or_skip!();
-    let refused = mm.set_fork_mode(ForkMode::Lazy);
-    assert!(
-        matches!(&refused, Err(Error::Unsupported { what }) if what.contains("zeros")),
-        "{refused:?}"
-    );
-    assert_eq!(mm.fork_mode(), ForkMode::Home);
-}
-
-#[test]
 fn the_parent_migrates_again_while_the_child_lives() {
     let mm = mm_or_skip!();
     let device = device_in(&mm, ForkMode::Home);
@@ -292,4 +281,23 @@ fn grandchildren_open_mms_of_their_own() {
     });
     assert_eq!(ended, Ended::Well);
     assert!(all_are(&region, 1));
+}
+
+#[test]
+fn the_parent_closes_its_mm_while_a_child_lives() {
+    let mm = mm_or_skip!();
+    let device = device_in(&mm, ForkMode::Home);
+    let region = Region::new(64);
+    set_all(&region, 8);
+    device.migrate(region.range()).unwrap();
+    let child = Child::start(|go| {
+        go.wait();
+        all_are(&region, 8)
+    });
+    device.close().unwrap();
+    mm.close().unwrap();
+    drop(Region::new(16));
+    child.go();
+    assert_eq!(child.end(), Ended::Well);
+    assert!(all_are(&region, 8));
 }

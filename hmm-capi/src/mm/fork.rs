@@ -19,7 +19,6 @@ const MODES: [(c_int, ForkMode); 3] =
 /// @param mode  HMM_FORK_HOME (the default), HMM_FORK_DONT_COPY or HMM_FORK_LAZY.
 /// @return 0, or:
 ///  - -EINVAL: mm is no live handle, or there is no such mode;
-///  - -EOPNOTSUPP: the engine does not have this mode;
 ///  - -ENODEV: closed.
 ///
 /// Context: any thread, callbacks included; does not block.

@@ -327,6 +327,10 @@ impl Engine for MixedEngine {
         self.uffd.answer_inline(range, inline)
     }
 
+    fn disown(&self) {
+        self.uffd.disown();
+    }
+
     fn leave_out_of_children(&self, range: AddrRange, out: bool) -> Result<()> {
         self.uffd.leave_out_of_children(range, out)
     }

@@ -317,6 +317,9 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
             format!("the {name} engine answers all touches alike; inline ranges need userfaultfd");
         Err(Error::Unsupported { what })
     }
+    /// In a forked child: lets go of what would keep the parent's memory watched after the parent stopped its engine.
+    /// Takes no lock.
+    fn disown(&self) {}
     /// Leaves a range, which lies in one mapping, out of the children that are forked from now on, or takes it back in.
     ///
     /// # Errors

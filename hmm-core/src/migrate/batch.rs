@@ -1,9 +1,9 @@
 //! One batch: which pages it holds, what each of them is, and what becomes of it.
 
-use super::{MigrateRequest, cleared};
+use super::{Job, cleared};
 use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::arena::{Buffer, Shared};
-use crate::devmem::LastFound;
+use crate::devmem::{Devmem, LastFound};
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
@@ -60,6 +60,8 @@ pub(super) struct Batch<'a> {
     pub(super) mm: &'a Arc<Mm>,
     pub(super) vma: &'a Vma,
     pub(super) owner: Option<OwnerId>,
+    /// As in [`Job`].
+    shares: bool,
     pub(super) range: AddrRange,
     pub(super) flight: Shared<Flight>,
     pub(super) pages: Buffer<Page>,
@@ -71,12 +73,11 @@ pub(super) struct Batch<'a> {
 impl<'a> Batch<'a> {
     /// Locks the entries of every page that may migrate. Once it holds one, it waits for nobody (promise 71).
     pub(super) fn hold(
-        mm: &'a Arc<Mm>,
-        vma: &'a Vma,
-        request: &MigrateRequest,
+        job: &Job<'a>,
         range: AddrRange,
         keep: [Option<AddrRange>; 2],
     ) -> Result<Self> {
+        let Job { mm, vma, request, shares } = *job;
         let no_memory = || Error::NoMemory { what: "lists of a migration" };
         let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM };
         let stack = mm.own_stack(range);
@@ -86,6 +87,7 @@ impl<'a> Batch<'a> {
             mm,
             vma,
             owner: request.owner,
+            shares,
             range,
             flight,
             pages: Buffer::new(range.pages(), |_| blank).ok_or_else(no_memory)?,
@@ -112,7 +114,8 @@ impl<'a> Batch<'a> {
                 let what = "64 migrations are under way and none ends";
                 return Err(Error::Busy { address: self.range.start(), what });
             }
-            if !select.contains(Select::SYSTEM) {
+            // What is shared for a fork is shared during it.
+            if !select.contains(Select::SYSTEM) || self.shares {
                 return Ok(());
             }
             mm.check_not_closing()?;
@@ -330,7 +333,8 @@ impl<'a> Batch<'a> {
         }
         match dst.pfn() {
             Some(target) if target.is_device() => {
-                if devices.find(target).is_some_and(|devmem| devmem.claim(target)) {
+                let claim = |devmem: &Devmem| self.shares || devmem.claim(target);
+                if devices.find(target).is_some_and(claim) {
                     Fate::ToDevice(target)
                 } else {
                     Fate::Restore

@@ -27,6 +27,8 @@ pub(super) struct ForkGate {
     opened: Condvar,
     /// A [`ForkMode`].
     mode: AtomicU32,
+    /// Number of the fork under way, or of the last one.
+    number: AtomicU32,
     /// The child could read zeros for data.
     has_holes: AtomicBool,
 }
@@ -34,6 +36,10 @@ pub(super) struct ForkGate {
 impl ForkGate {
     pub(super) fn mode(&self) -> ForkMode {
         ForkMode::from_number(self.mode.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn number(&self) -> u32 {
+        self.number.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_mode(&self, mode: ForkMode) {
@@ -64,10 +70,14 @@ impl Mm {
         Ok(())
     }
 
-    /// Nothing leaves until the gate is opened again. What is away comes home, or is left out of the child, or both where
-    /// a device does not give its pages back. A callback that forks cannot wait for others: it leaves out what is away.
-    pub(crate) fn close_gate_for_fork(&self) {
-        *self.gate.closed.lock() = true;
+    /// Nothing leaves until the gate is opened again. Everything comes home, if that is the mode. A callback that forks
+    /// cannot wait for others: false then.
+    pub(crate) fn close_gate_for_fork(&self) -> bool {
+        {
+            let mut closed = self.gate.closed.lock();
+            self.gate.number.fetch_add(1, Ordering::Relaxed);
+            *closed = true;
+        }
         let may_wait = !self.engine.is_service_thread()
             && !self.notifiers.in_callback()
             && self.inflight.count_of_thread(this_thread()) == 0;
@@ -76,6 +86,17 @@ impl Mm {
         } else {
             self.settle_for_fork(may_wait);
         }
+        may_wait
+    }
+
+    /// Everything comes home after all.
+    pub(crate) fn empty_for_fork(&self) {
+        // What does not come home is left out of the child.
+        let _ = self.empty_all_devices();
+    }
+
+    /// What is still away is left out of the child; what cannot be left out comes home, if this thread may wait for that.
+    pub(crate) fn leave_out_for_fork(&self, may_wait: bool) {
         let is_safe = self.leave_out_what_is_away(may_wait);
         self.gate.has_holes.store(!is_safe, Ordering::Relaxed);
     }

@@ -116,9 +116,7 @@ impl UffdEngine {
     /// Ends every registration at once. The number stays taken (by the stop event), so that a late call on it fails
     /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
     fn close_descriptor(&self, pages: &Pages, stop: &OwnedFd) {
-        let (other, mine) = (stop.as_raw_fd(), pages.descriptor.as_raw_fd());
-        // SAFETY: both numbers are open descriptors of this engine.
-        if unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) } < 0 {
+        if !replace(pages, stop) {
             // Its number is above a limit that was lowered meanwhile.
             self.unregister_everything(pages);
         }
@@ -196,6 +194,13 @@ impl UffdEngine {
             None => Ok(()),
         }
     }
+}
+
+/// Closes a userfaultfd in this process, and keeps its number taken.
+fn replace(pages: &Pages, stop: &OwnedFd) -> bool {
+    let (other, mine) = (stop.as_raw_fd(), pages.descriptor.as_raw_fd());
+    // SAFETY: both numbers are open descriptors of this engine.
+    unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) >= 0 }
 }
 
 impl Engine for UffdEngine {
@@ -447,6 +452,15 @@ impl Engine for UffdEngine {
             (Some(inline), _) => inline.trap.renew(),
             (None, Some(second)) if second.ranges.overlaps(range) => second.trap.renew(),
             _ => Ok(()),
+        }
+    }
+
+    fn disown(&self) {
+        // As long as the child has it, whoever unmaps memory of the parent's waits for a reader.
+        let first = (&self.pages, self.service.stop_descriptor());
+        let second = self.service.second().map(|second| (&second.pages, &second.stop));
+        for (pages, stop) in std::iter::once(first).chain(second) {
+            replace(pages, stop);
         }
     }
 

@@ -11,10 +11,15 @@
 //! Forks of several threads take turns, and the library's process-wide locks are held across each of them, so that no
 //! child inherits one of them taken by a thread that it lacks.
 
-use crate::arena;
+mod lazy;
+mod legacy;
+mod wire;
+
+use crate::arena::{self, Buffer};
 use crate::devmem::WindowsHeld;
-use crate::mm::{Mm, next_generation};
+use crate::mm::{ForkMode, Mm, next_generation};
 use crate::sync::{Mutex, MutexGuard};
+use lazy::{Bequest, Heirs};
 use std::cell::UnsafeCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,13 +29,22 @@ static INSTALLED: AtomicBool = AtomicBool::new(false);
 static TURN: Mutex<()> = Mutex::new(());
 static UNDER_WAY: UnderWay = UnderWay(UnsafeCell::new(None));
 
-/// What a fork holds, in the order in which it lets go.
+/// What a fork holds.
 struct Held {
-    _open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
-    _current: MutexGuard<'static, Option<Arc<Mm>>>,
-    gates: Vec<Arc<Mm>>,
+    /// In the arena: a child uses it, whatever it got of the heap. Nothing without memory.
+    gates: Option<Buffer<Option<Arc<Mm>>>>,
+    bequests: Vec<Bequest>,
+    heirs: Heirs,
     windows: WindowsHeld,
-    _turn: MutexGuard<'static, ()>,
+    open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
+    current: MutexGuard<'static, Option<Arc<Mm>>>,
+    turn: MutexGuard<'static, ()>,
+}
+
+impl Held {
+    fn gates(&self) -> impl Iterator<Item = &Arc<Mm>> {
+        self.gates.iter().flat_map(|gates| gates.iter()).flatten()
+    }
 }
 
 /// The fork under way; only the thread whose turn it is looks at it.
@@ -58,32 +72,65 @@ extern "C" fn prepare() {
     let turn = TURN.lock();
     // An mm that another thread is opening is either in the list by now, or has nothing on a device yet.
     let current = Mm::lock_current();
-    let gates = Mm::all_open();
-    gates.iter().for_each(|mm| mm.close_gate_for_fork());
+    let heirs = lazy::lock();
+    let mut bequests = Vec::new();
+    let gates = all_gates();
+    for mm in gates.iter().flat_map(|gates| gates.iter()).flatten() {
+        close_gate(mm, &heirs, &mut bequests);
+    }
     let open = Mm::lock_list();
     let windows = WindowsHeld::take();
-    UNDER_WAY.replace(Some(Held { _open: open, _current: current, gates, windows, _turn: turn }));
+    UNDER_WAY.replace(Some(Held { gates, bequests, heirs, windows, open, current, turn }));
+    // Nothing is allocated or given back from here on.
     arena::lock_for_fork();
+}
+
+fn all_gates() -> Option<Buffer<Option<Arc<Mm>>>> {
+    let mut open_ones = Mm::all_open().into_iter();
+    Buffer::new(open_ones.len(), |_| open_ones.next())
+}
+
+/// What is away comes home, is shared, or is left out.
+fn close_gate(mm: &Arc<Mm>, heirs: &Heirs, bequests: &mut Vec<Bequest>) {
+    let may_wait = mm.close_gate_for_fork();
+    if may_wait && mm.fork_mode() == ForkMode::Lazy {
+        match Bequest::make(mm, heirs) {
+            Ok(bequest) => bequests.extend(bequest),
+            // As good a copy, only later.
+            Err(_) => mm.empty_for_fork(),
+        }
+    }
+    mm.leave_out_for_fork(may_wait);
 }
 
 extern "C" fn parent() {
     arena::unlock_after_fork();
-    if let Some(held) = UNDER_WAY.replace(None) {
-        held.gates.iter().for_each(|mm| mm.open_gate_after_fork());
-    }
+    let Some(held) = UNDER_WAY.replace(None) else { return };
+    held.gates().for_each(|mm| mm.open_gate_after_fork());
+    let Held { bequests, mut heirs, windows, open, current, turn, .. } = held;
+    // First of all: a touch of a page that is away needs them, and what follows may touch one.
+    drop((windows, open, current));
+    bequests.into_iter().for_each(|bequest| bequest.hand_over(&mut heirs));
+    drop((heirs, turn));
 }
 
 extern "C" fn child() {
     next_generation();
     arena::unlock_after_fork();
-    if let Some(mut held) = UNDER_WAY.replace(None) {
-        // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
-        let inherited = std::mem::take(&mut held.gates);
-        if inherited.iter().any(|mm| mm.child_has_holes()) {
-            end_child();
-        }
-        inherited.into_iter().for_each(|mm| _ = Arc::into_raw(mm));
-        held.windows.disown();
+    let Some(held) = UNDER_WAY.replace(None) else { return };
+    if held.gates.is_none() || held.gates().any(|mm| mm.child_has_holes()) {
+        end_child();
+    }
+    held.gates().for_each(|mm| mm.engine.disown());
+    let Held { gates, bequests, mut heirs, mut windows, open, current, turn } = held;
+    // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
+    let _gates = std::mem::ManuallyDrop::new(gates);
+    windows.disown();
+    lazy::disown(&mut heirs);
+    drop((heirs, windows, open, current, turn));
+    for bequest in bequests {
+        let (socket, store, runs) = bequest.accept();
+        legacy::take_over(socket, store, &runs);
     }
 }
 
