@@ -20,7 +20,7 @@ PYTHON_PACKAGES := 'maturin==1.16.0' 'numpy>=2,<3' 'pytest>=9,<10'
 XTASK := $(CARGO) run --quiet --package xtask --
 EXAMPLES := $(patsubst examples/c/%.c,$(TARGET)/demo/%,$(wildcard examples/c/*.c))
 
-.PHONY: demo test check bench stress matrix clean
+.PHONY: demo test check bench stress soak matrix promises clean
 .PHONY: help lib examples python header fmt install
 
 demo: examples python
@@ -29,6 +29,7 @@ demo: examples python
 
 test: examples python
 	$(XTASK) matrix --quick
+	$(XTASK) promises --check
 	$(XTASK) test
 
 check:
@@ -43,6 +44,15 @@ bench:
 
 stress:
 	HMM_STRESS=long $(XTASK) test --release --package hmm-tests --suite rust --time-limit 3600 stress
+
+promises: lib
+	$(XTASK) promises
+
+# MINUTES=n, HMM_ENGINE and HMM_INJECT as for every program
+MINUTES ?= 30
+soak:
+	$(CARGO) build --release --package hmm-tests --bin soak
+	$(TARGET)/release/soak --seconds $$(( $(MINUTES) * 60 ))
 
 # MATRIX holds options: make matrix MATRIX=--quick
 matrix: examples python
@@ -60,7 +70,9 @@ help:
 	@echo 'make check     formatting, lints, header freshness, layering, documentation'
 	@echo 'make bench     measure against bare baselines; writes target/bench.json'
 	@echo 'make stress    the stress tests in their long form'
+	@echo 'make soak      everything at once, for MINUTES=30: threads, devices, layout changes, forks, checked all the while'
 	@echo 'make matrix    the tests in environments that lack something; MATRIX=--quick for the short form'
+	@echo 'make promises  the tests of hmm.txt'"'"'s promises on every engine; writes docs/PROMISES.md'
 	@echo 'make lib       the C library, in target/capi'
 	@echo 'make examples  the C examples, in target/demo'
 	@echo 'make python    a virtual environment in .venv with the Python module in it'

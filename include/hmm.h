@@ -229,6 +229,15 @@ enum hmm_pfn_value_e {
  * every engine, as is told at HMM_CAPABILITY_KERNEL_FAULTS.
  */
 #define HMM_CAPABILITY_PRIVATE_FILES (1 << 5)
+/**
+ * The program announces changes of its layout, by way of libhmm_preload.so: callbacks of mirrors
+ * have returned before munmap(), mmap() over something, mremap(), mprotect(), madvise(), brk() and
+ * shmdt() change anything, and the change may be made while the memory migrates, on every engine.
+ * HMM_LAYOUT=ordered asks for it; where HMM_CAPABILITY_EVENTS is missing it is there whenever the
+ * library is loaded. What libc does by itself (free() and realloc() of large blocks, stacks of
+ * threads) is not announced, and noticed as without.
+ */
+#define HMM_CAPABILITY_ORDERED (1 << 6)
 
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */
@@ -243,6 +252,9 @@ enum hmm_pfn_value_e {
 #define HMM_RESIDENCY_POISONED 4
 /** Nothing is mapped there. */
 #define HMM_RESIDENCY_UNMAPPED 5
+
+/** A memory group without a limit of its own: the word "max" in cgroup files. */
+#define HMM_GROUP_NO_LIMIT UINT64_MAX
 
 /* What children of fork() get of pages that are on a device, for hmm_mm_set_fork_mode(). */
 /** A copy: every page comes home before the fork. The default. */
@@ -289,8 +301,78 @@ enum hmm_update_type {
   HMM_UPDATE_INVALIDATE,
 };
 
+/**
+ * Why a page of a migration stayed where it was: hmm_migrate_reason() reads it from an entry of
+ * src. Numbers are added, and never change their meaning.
+ */
+enum hmm_stay {
+  /** It did not stay, or nothing was said. */
+  HMM_STAY_NONE = 0,
+  /** It lies in a range that is pinned or guarded. */
+  HMM_STAY_PINNED = 1,
+  /** Memory of the library itself. */
+  HMM_STAY_LIBRARY = 2,
+  /** A migration under way needs it: its caller's stack, or its arrays. */
+  HMM_STAY_NEEDED = 3,
+  /** Shared anonymous memory, memfd or tmpfs. */
+  HMM_STAY_SHARED = 4,
+  /** A shared file mapping. */
+  HMM_STAY_SHARED_FILE = 5,
+  /**
+   * A private file mapping, and an engine that cannot move its pages; or a page beyond the end
+   * of the file.
+   */
+  HMM_STAY_FILE = 6,
+  /** A mapping of a driver or of the kernel. */
+  HMM_STAY_SPECIAL = 7,
+  /** hugetlbfs. */
+  HMM_STAY_HUGE = 8,
+  /** The mapping is not readable and writable, or it is executable. */
+  HMM_STAY_PROTECTION = 9,
+  /** mlock and its kin. */
+  HMM_STAY_LOCKED = 10,
+  /** Another userfaultfd has the range. */
+  HMM_STAY_WATCHED = 11,
+  /**
+   * Shared after a fork, or pinned by the kernel (direct I/O, io_uring, a device); or there was
+   * no saying which.
+   */
+  HMM_STAY_BUSY = 12,
+  /** Another migration holds it. */
+  HMM_STAY_MIGRATING = 13,
+  /** It is where the request did not ask for pages: on a device, or in system memory. */
+  HMM_STAY_NOT_SELECTED = 14,
+  /** A page of another owner's device. */
+  HMM_STAY_FOREIGN = 15,
+  /** Its device lost it before. */
+  HMM_STAY_POISONED = 16,
+  /** The program is dropping its contents (madvise). */
+  HMM_STAY_DROPPED = 17,
+  /** The program unmapped, moved or replaced it meanwhile. */
+  HMM_STAY_CHANGING = 18,
+  /** The driver named no destination. */
+  HMM_STAY_LEFT_OUT = 19,
+  /** The destination that the driver named is no free page of a device, or not the page's frame. */
+  HMM_STAY_BAD_DESTINATION = 20,
+  /** The driver said ERROR in dst: the contents are lost. */
+  HMM_STAY_LOST = 21,
+  /** No frame, or no memory for one. */
+  HMM_STAY_NO_MEMORY = 22,
+  /** The kernel refused, and gives no reason. */
+  HMM_STAY_REFUSED = 23,
+  /** A hole, and its memory group is at its limit. */
+  HMM_STAY_LIMIT = 24,
+};
+
 /** The library's side of a mirror: opaque. */
 struct hmm;
+
+/**
+ * A memory group, in the words of cgroup v2: opaque.
+ *
+ * hmm_group_create() makes one, hmm_group_put() gives the handle back.
+ */
+struct hmm_group;
 
 /** A software accelerator: opaque. */
 struct hmm_soft_device;
@@ -617,6 +699,53 @@ struct migrate_vma_ops {
 };
 
 /**
+ * What is charged to a group, and what happened to it; bytes, with the groups below it.
+ *
+ * Set size to sizeof(struct hmm_group_state) before the call; later versions may add members at
+ * the end.
+ */
+struct hmm_group_state {
+  /** In: sizeof(struct hmm_group_state). */
+  uint32_t size;
+  /** Zero. */
+  uint32_t reserved;
+  /** The group's own limit (memory.max), HMM_GROUP_NO_LIMIT without one. */
+  uint64_t max;
+  /** Charged now (memory.current). */
+  uint64_t current;
+  /** The most that was ever charged (memory.peak). */
+  uint64_t peak;
+  /** Anonymous memory (memory.stat): all that is charged, since what can leave is anonymous. */
+  uint64_t stat_anon;
+  /** Of this: in the memory of devices now. */
+  uint64_t stat_device;
+  /**
+   * Times that a charge went above the limit of the group or of one below it, or was refused for
+   * that (memory.events).
+   */
+  uint64_t events_max;
+};
+
+/**
+ * Resident memory by kind, in bytes, with what is on devices counted in.
+ *
+ * Set size to sizeof(struct hmm_mm_rss) before the call; later versions may add members at the
+ * end.
+ */
+struct hmm_mm_rss {
+  /** In: sizeof(struct hmm_mm_rss). */
+  uint32_t size;
+  /** Zero. */
+  uint32_t reserved;
+  /** Anonymous memory (rss_anon). */
+  uint64_t anon;
+  /** Pages of files (rss_file). */
+  uint64_t file;
+  /** Shared anonymous memory, memfd, tmpfs (rss_shmem). */
+  uint64_t shmem;
+};
+
+/**
  * What a soft device shall be like. Set size to sizeof(struct hmm_soft_config), and every member
  * that is left 0 gets its default.
  */
@@ -743,12 +872,14 @@ int hmm_last_errno(void);
  *
  * The first call chooses the engine and starts its service threads. The environment variable
  * HMM_ENGINE names one: uffd, uffd-inline or signal; auto, or nothing, takes the best that works
- * here. hmm_mm_capabilities() tells what it can do.
+ * here. HMM_LAYOUT=ordered has changes of the layout announced (HMM_CAPABILITY_ORDERED), and is
+ * refused without libhmm_preload.so; HMM_LAYOUT=observed has not. hmm_mm_capabilities() tells what
+ * it can do.
  *
  * @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
  * failure ERR_PTR():
- *  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
- *    help;
+ *  - -EOPNOTSUPP: no engine works on this kernel, or HMM_ENGINE or HMM_LAYOUT asks for what
+ *    cannot be had, and hmm_last_error() says why and what would help;
  *  - -ENOMEM;
  *  - -EBUSY: another thread opens or closes it for more than 10 seconds;
  *  - -EDEADLK: called from inside a callback of its closing.
@@ -1114,8 +1245,8 @@ int hmm_residency(struct mm_struct *mm,
 /**
  * Reads the counters of an address space.
  *
- * Device pages count in the process's size as before their migration (hmm.txt, section 7): what
- * the process uses is the rss that /proc reports plus `device_pages`.
+ * Device pages count in the process's size as before their migration (hmm.txt, section 7):
+ * hmm_mm_rss() tells it.
  *
  * @param mm        The address space.
  * @param counters  Its size member says how much the caller knows; the rest is filled in.
@@ -1606,6 +1737,28 @@ int hmm_devmem_set_signal_safe(struct hmm_devmem *devmem, bool safe);
 long hmm_devmem_in_use(const struct hmm_devmem *devmem);
 
 /**
+ * Brings home what some pages of device memory hold, wherever they are mapped, through the driver's
+ * fault: how a driver makes room when its memory is full.
+ *
+ * The driver's policy chooses the pages. To be called before migrate_vma(), never in
+ * alloc_and_copy, which holds pages and must not wait for others. Evict many pages at once: it
+ * looks at all page tables.
+ *
+ * @param devmem  The device memory.
+ * @param first   Number of the first page, from devmem->pfn_first on.
+ * @param npages  How many pages.
+ * @return How many of them held something; they are free now, unless something else took them. Or:
+ *  - -EINVAL: devmem is not live, or these are not its pages;
+ *  - -EDEADLK: called from inside a callback;
+ *  - -EIO: the device cannot return one (the others came home);
+ *  - -EBUSY: one did not come home in time.
+ *
+ * Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
+ * Source: the kernel's migrate_device_range(), from v6.1 on.
+ */
+long hmm_devmem_evict(struct hmm_devmem *devmem, unsigned long first, unsigned long npages);
+
+/**
  * Stores one word of the driver's with a device page; it stays until the page is freed.
  *
  * @param page  A page of device memory.
@@ -1643,7 +1796,7 @@ unsigned long hmm_devmem_page_get_drvdata(const struct page *page);
  *
  * The range is invalidated in all mirrors, the driver's own included; then pages that can be had
  * are taken from the CPU, and alloc_and_copy chooses and fills their destinations. Pages that
- * cannot be taken (pinned, shared, file-backed, in use by another migration) are left out and stay
+ * cannot be taken (pinned, shared, locked, in use by another migration) are left out and stay
  * as they are; so do pages for which the driver stores no destination. Then the new places become
  * visible, and finalize_and_map is told which pages moved. CPU accesses to pages under migration
  * sleep until it is over.
@@ -1651,7 +1804,8 @@ unsigned long hmm_devmem_page_get_drvdata(const struct page *page);
  * With the vma that a fault callback received, only pages on devices are collected: what is home
  * stays there. The same holds for every migration while the address space is being closed.
  *
- * Afterwards src and dst of the whole range hold the final entries. They must not overlap.
+ * Afterwards src and dst of the whole range hold the final entries. They must not overlap. What did
+ * not migrate says why: hmm_migrate_reason() of its entry of src, in words by hmm_stay_text().
  * Destination pages of device memory that were not used in the end are given back through free.
  *
  * @param ops           The driver's callbacks; copied.
@@ -1730,6 +1884,166 @@ int migrate_vma_4_17(const struct migrate_vma_ops *ops,
  * Source: hmm_vma_alloc_locked_page() of kernels v4.14 to v5.2.
  */
 struct page *hmm_vma_alloc_locked_page(struct vm_area_struct *vma, unsigned long addr);
+
+/* ---------------------------------------------------------------------------------------------
+ * Accounting (hmm.txt, section 7)
+ *
+ * Pages count in the size of the process wherever they are, and who pays for a page does not
+ * change when it migrates. Memory groups are cgroup v2's memory controller for what leaves for
+ * devices: a page is charged to the group of its address space when it leaves for the first
+ * time. The kernel's own cgroups go on as ever for system memory, and know of no device.
+ * ------------------------------------------------------------------------------------------ */
+
+/**
+ * Makes a memory group without a limit of its own.
+ *
+ * @param parent  The group above, whose limit holds for the new one, too; NULL: the root group,
+ * which has no limit and counts everything.
+ * @return The group, to be given back with hmm_group_put(). On failure ERR_PTR():
+ *  - -EINVAL: parent is no live handle;
+ *  - -ENOMEM: 256 groups.
+ *
+ * Context: any thread; does not block for long.
+ * Source: ours; cgroup v2's mkdir.
+ */
+struct hmm_group *hmm_group_create(struct hmm_group *parent);
+
+/**
+ * Gives a handle back. The group itself lives as long as an address space is in it, a group below
+ * it lives, or something is charged to it.
+ *
+ * @param group  What hmm_group_create() returned.
+ * @return 0, or:
+ *  - -EINVAL: group is no live handle.
+ *
+ * Context: any thread; does not block for long.
+ * Source: ours; cgroup v2's rmdir, which never fails here.
+ */
+int hmm_group_put(struct hmm_group *group);
+
+/**
+ * Sets the limit of a group.
+ *
+ * A limit keeps holes from being filled on a device: they stay holes, and are counted in
+ * events_max. It never keeps a page with contents from leaving or from coming home, since that is
+ * memory which the process has already. A limit below what is charged drops nothing.
+ *
+ * @param group  The group; not the root group.
+ * @param max    Bytes, rounded down to whole pages; HMM_GROUP_NO_LIMIT for none.
+ * @return 0, or:
+ *  - -EINVAL: group is NULL or no live handle.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours; cgroup v2's memory.max.
+ */
+int hmm_group_set_max(struct hmm_group *group, uint64_t max);
+
+/**
+ * Reads what is charged to a group, and what happened to it.
+ *
+ * @param group  The group; NULL: the root group.
+ * @param state  Its size member says how much the caller knows; the rest is filled in.
+ * @return 0, or:
+ *  - -EINVAL: group is no live handle, state is NULL or misaligned, or its size is below 4.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours; cgroup v2's memory.current, .peak, .max, .stat and .events.
+ */
+int hmm_group_read(const struct hmm_group *group, struct hmm_group_state *state);
+
+/**
+ * Moves an address space into a group: pages that leave for a device for the first time from now
+ * on are charged there, and stay charged there on both sides until they are dropped.
+ *
+ * What is charged already stays where it is; hmm_mm_move_charges() moves it.
+ *
+ * @param mm     The address space; in the root group at first.
+ * @param group  The group; NULL: the root group.
+ * @return 0, or:
+ *  - -EINVAL: mm or group is no live handle;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread; does not block for long.
+ * Source: ours; cgroup v2's cgroup.procs; promises 76 to 79.
+ */
+int hmm_mm_set_group(struct mm_struct *mm, struct hmm_group *group);
+
+/**
+ * Charges what is charged for an address space to the group that it is in now, as far as that
+ * group has room.
+ *
+ * @param mm  The address space.
+ * @return Pages that changed groups, or:
+ *  - -EINVAL: mm is no live handle;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread, but not inside a callback; may block.
+ * Source: ours; memory.move_charge_at_immigrate of cgroup v1.
+ */
+long hmm_mm_move_charges(struct mm_struct *mm);
+
+/**
+ * Ends the charges of pages at home that the program dropped or unmapped, where nobody reports
+ * that: on engines without HMM_CAPABILITY_EVENTS. Elsewhere it does nothing.
+ *
+ * @param mm  The address space.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread, but not inside a callback; may block.
+ * Source: ours.
+ */
+int hmm_mm_settle_charges(struct mm_struct *mm);
+
+/**
+ * Reads how much memory a process uses, whichever side it is on: what the kernel counts, without
+ * the frames that the library holds, and with what is on devices counted as anonymous. It does not
+ * change by migration.
+ *
+ * A page of a private file mapping that migrates is anonymous from then on. The memory in which a
+ * simulated device keeps its pages is memory of the process, too. Walks page tables: milliseconds
+ * for each GiB.
+ *
+ * @param mm   The address space.
+ * @param rss  Its size member says how much the caller knows; the rest is filled in.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, rss is NULL or misaligned, or its size is below 4;
+ *  - -EOPNOTSUPP, or another errno: /proc does not tell;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread; may block.
+ * Source: hmm.txt section 7; the kernel's rss_anon, rss_file, rss_shmem; promises 75 and 82.
+ */
+int hmm_mm_rss(const struct mm_struct *mm, struct hmm_mm_rss *rss);
+
+/**
+ * Compares what the library counts with its page table: the counters, the pages that each device
+ * has in use, the charges of each group. For tests, and for whoever wonders. Only meaningful while
+ * nothing is under way; waits a moment for what is about to end.
+ *
+ * @param mm  The address space.
+ * @return 0, or:
+ *  - -EUCLEAN: something differs, and hmm_last_error() says what;
+ *  - -EINVAL: mm is no live handle;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread, but not inside a callback; may block for a second.
+ * Source: ours.
+ */
+int hmm_mm_check_accounts(const struct mm_struct *mm);
+
+/**
+ * What a reason means, and what to do about it.
+ *
+ * @param reason  Of hmm_migrate_reason().
+ * @return A constant text of one line in English; for a number that this version does not know, one
+ * that says so.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours.
+ */
+const char *hmm_stay_text(unsigned long reason);
 
 /* ---------------------------------------------------------------------------------------------
  * The soft device
@@ -2113,11 +2427,21 @@ static inline unsigned long migrate_pfn(unsigned long pfn)
   return (pfn << MIGRATE_PFN_SHIFT) | MIGRATE_PFN_VALID;
 }
 
+/* Bits from here on say why an entry of src does not migrate. */
+#define HMM_MIGRATE_REASON_SHIFT 58
+
 /** The page of an entry; NULL unless MIGRATE_PFN_VALID. */
 static inline struct page *migrate_pfn_to_page(unsigned long mpfn)
 {
-  return mpfn & MIGRATE_PFN_VALID ? hmm_pfn_to_struct_page(mpfn >> MIGRATE_PFN_SHIFT)
-                                  : (struct page *)0;
+  unsigned long pfn = (mpfn & ((1UL << HMM_MIGRATE_REASON_SHIFT) - 1)) >> MIGRATE_PFN_SHIFT;
+
+  return mpfn & MIGRATE_PFN_VALID ? hmm_pfn_to_struct_page(pfn) : (struct page *)0;
+}
+
+/** Why the page of an entry of src stayed: of enum hmm_stay; 0 when it migrates. */
+static inline unsigned long hmm_migrate_reason(unsigned long mpfn)
+{
+  return mpfn & MIGRATE_PFN_MIGRATE ? 0 : mpfn >> HMM_MIGRATE_REASON_SHIFT;
 }
 
 /*

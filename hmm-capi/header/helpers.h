@@ -65,11 +65,21 @@ static inline unsigned long migrate_pfn(unsigned long pfn)
   return (pfn << MIGRATE_PFN_SHIFT) | MIGRATE_PFN_VALID;
 }
 
+/* Bits from here on say why an entry of src does not migrate. */
+#define HMM_MIGRATE_REASON_SHIFT 58
+
 /** The page of an entry; NULL unless MIGRATE_PFN_VALID. */
 static inline struct page *migrate_pfn_to_page(unsigned long mpfn)
 {
-  return mpfn & MIGRATE_PFN_VALID ? hmm_pfn_to_struct_page(mpfn >> MIGRATE_PFN_SHIFT)
-                                  : (struct page *)0;
+  unsigned long pfn = (mpfn & ((1UL << HMM_MIGRATE_REASON_SHIFT) - 1)) >> MIGRATE_PFN_SHIFT;
+
+  return mpfn & MIGRATE_PFN_VALID ? hmm_pfn_to_struct_page(pfn) : (struct page *)0;
+}
+
+/** Why the page of an entry of src stayed: of enum hmm_stay; 0 when it migrates. */
+static inline unsigned long hmm_migrate_reason(unsigned long mpfn)
+{
+  return mpfn & MIGRATE_PFN_MIGRATE ? 0 : mpfn >> HMM_MIGRATE_REASON_SHIFT;
 }
 
 /*

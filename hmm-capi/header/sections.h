@@ -57,6 +57,16 @@
  * new, numpy arrays, mmap) can move to a device; everything else can be mirrored where it is.
  * ------------------------------------------------------------------------------------------ */
 
+//@ before hmm_group_create
+/* ---------------------------------------------------------------------------------------------
+ * Accounting (hmm.txt, section 7)
+ *
+ * Pages count in the size of the process wherever they are, and who pays for a page does not
+ * change when it migrates. Memory groups are cgroup v2's memory controller for what leaves for
+ * devices: a page is charged to the group of its address space when it leaves for the first
+ * time. The kernel's own cgroups go on as ever for system memory, and know of no device.
+ * ------------------------------------------------------------------------------------------ */
+
 //@ before hmm_soft_create
 /* ---------------------------------------------------------------------------------------------
  * The soft device

@@ -221,6 +221,15 @@ enum hmm_pfn_value_e {
  * every engine, as is told at HMM_CAPABILITY_KERNEL_FAULTS.
  */
 #define HMM_CAPABILITY_PRIVATE_FILES (1 << 5)
+/**
+ * The program announces changes of its layout, by way of libhmm_preload.so: callbacks of mirrors
+ * have returned before munmap(), mmap() over something, mremap(), mprotect(), madvise(), brk() and
+ * shmdt() change anything, and the change may be made while the memory migrates, on every engine.
+ * HMM_LAYOUT=ordered asks for it; where HMM_CAPABILITY_EVENTS is missing it is there whenever the
+ * library is loaded. What libc does by itself (free() and realloc() of large blocks, stacks of
+ * threads) is not announced, and noticed as without.
+ */
+#define HMM_CAPABILITY_ORDERED (1 << 6)
 
 /* Where a page is, from hmm_residency(). */
 /** Mapped, but never touched or dropped again: reads as zeros. */
@@ -235,6 +244,9 @@ enum hmm_pfn_value_e {
 #define HMM_RESIDENCY_POISONED 4
 /** Nothing is mapped there. */
 #define HMM_RESIDENCY_UNMAPPED 5
+
+/** A memory group without a limit of its own: the word "max" in cgroup files. */
+#define HMM_GROUP_NO_LIMIT UINT64_MAX
 
 /* What children of fork() get of pages that are on a device, for hmm_mm_set_fork_mode(). */
 /** A copy: every page comes home before the fork. The default. */

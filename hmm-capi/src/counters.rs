@@ -76,8 +76,8 @@ impl From<Counters> for hmm_mm_counters {
 
 /// Reads the counters of an address space.
 ///
-/// Device pages count in the process's size as before their migration (hmm.txt, section 7): what
-/// the process uses is the rss that /proc reports plus `device_pages`.
+/// Device pages count in the process's size as before their migration (hmm.txt, section 7):
+/// hmm_mm_rss() tells it.
 ///
 /// @param mm        The address space.
 /// @param counters  Its size member says how much the caller knows; the rest is filled in.

@@ -316,6 +316,34 @@ pub unsafe extern "C" fn hmm_devmem_in_use(devmem: *const hmm_devmem) -> c_long 
     get(devmem).map(|both| both.core.in_use()).into_c()
 }
 
+/// Brings home what some pages of device memory hold, wherever they are mapped, through the driver's
+/// fault: how a driver makes room when its memory is full.
+///
+/// The driver's policy chooses the pages. To be called before migrate_vma(), never in
+/// alloc_and_copy, which holds pages and must not wait for others. Evict many pages at once: it
+/// looks at all page tables.
+///
+/// @param devmem  The device memory.
+/// @param first   Number of the first page, from devmem->pfn_first on.
+/// @param npages  How many pages.
+/// @return How many of them held something; they are free now, unless something else took them. Or:
+///  - -EINVAL: devmem is not live, or these are not its pages;
+///  - -EDEADLK: called from inside a callback;
+///  - -EIO: the device cannot return one (the others came home);
+///  - -EBUSY: one did not come home in time.
+///
+/// Context: any thread, but not inside a callback; may block; calls fault and free callbacks.
+/// Source: the kernel's migrate_device_range(), from v6.1 on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn hmm_devmem_evict(
+    devmem: *mut hmm_devmem,
+    first: c_ulong,
+    npages: c_ulong,
+) -> c_long {
+    let evict = |both: Both| both.core.evict(Pfn::new(first), npages as usize);
+    get(devmem).and_then(evict).into_c()
+}
+
 /// The device memory that holds a device page.
 fn owner_of(page: *const page) -> Result<(Arc<Devmem>, Pfn)> {
     let address = VirtAddr::from_ptr(page);

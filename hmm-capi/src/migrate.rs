@@ -240,7 +240,7 @@ fn migrate_checked(
 ///
 /// The range is invalidated in all mirrors, the driver's own included; then pages that can be had
 /// are taken from the CPU, and alloc_and_copy chooses and fills their destinations. Pages that
-/// cannot be taken (pinned, shared, file-backed, in use by another migration) are left out and stay
+/// cannot be taken (pinned, shared, locked, in use by another migration) are left out and stay
 /// as they are; so do pages for which the driver stores no destination. Then the new places become
 /// visible, and finalize_and_map is told which pages moved. CPU accesses to pages under migration
 /// sleep until it is over.
@@ -248,7 +248,8 @@ fn migrate_checked(
 /// With the vma that a fault callback received, only pages on devices are collected: what is home
 /// stays there. The same holds for every migration while the address space is being closed.
 ///
-/// Afterwards src and dst of the whole range hold the final entries. They must not overlap.
+/// Afterwards src and dst of the whole range hold the final entries. They must not overlap. What did
+/// not migrate says why: hmm_migrate_reason() of its entry of src, in words by hmm_stay_text().
 /// Destination pages of device memory that were not used in the end are given back through free.
 ///
 /// @param ops           The driver's callbacks; copied.

@@ -164,12 +164,14 @@ fn put(mm: *mut mm_struct) -> Result<()> {
 ///
 /// The first call chooses the engine and starts its service threads. The environment variable
 /// HMM_ENGINE names one: uffd, uffd-inline or signal; auto, or nothing, takes the best that works
-/// here. hmm_mm_capabilities() tells what it can do.
+/// here. HMM_LAYOUT=ordered has changes of the layout announced (HMM_CAPABILITY_ORDERED), and is
+/// refused without libhmm_preload.so; HMM_LAYOUT=observed has not. hmm_mm_capabilities() tells what
+/// it can do.
 ///
 /// @return The address space: the same pointer for every caller until the last hmm_mm_put(). On
 /// failure ERR_PTR():
-///  - -EOPNOTSUPP: no engine works on this kernel, and hmm_last_error() says why and what would
-///    help;
+///  - -EOPNOTSUPP: no engine works on this kernel, or HMM_ENGINE or HMM_LAYOUT asks for what
+///    cannot be had, and hmm_last_error() says why and what would help;
 ///  - -ENOMEM;
 ///  - -EBUSY: another thread opens or closes it for more than 10 seconds;
 ///  - -EDEADLK: called from inside a callback of its closing.

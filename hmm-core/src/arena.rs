@@ -9,6 +9,7 @@
 //! their class; large ones give their memory back to the system.
 
 use crate::addr::{AddrRange, VirtAddr};
+use crate::inject::{self, Point};
 use crate::sync::{Mutex, MutexGuard};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::alloc::{GlobalAlloc, Layout};
@@ -205,6 +206,9 @@ fn class_of(layout: Layout) -> Option<(usize, usize)> {
 
 fn allocate(layout: Layout) -> *mut u8 {
     let Some((class, size)) = class_of(layout) else { return ptr::null_mut() };
+    if inject::fails(Point::Arena).is_some() {
+        return ptr::null_mut();
+    }
     let mut state = STATE.lock();
     let head = state.free[class];
     if head.is_null() {

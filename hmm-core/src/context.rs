@@ -86,6 +86,27 @@ fn wished() -> Result<(Vec<EngineKind>, bool)> {
     Err(Error::Unsupported { what })
 }
 
+/// Whether changes of the layout are announced (`HMM_LAYOUT`). Unasked, only to an engine that nobody tells of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LayoutWish {
+    AsFits,
+    Observed,
+    Ordered,
+}
+
+fn wished_layout() -> Result<LayoutWish> {
+    let what = match std::env::var("HMM_LAYOUT").as_deref() {
+        Err(_) | Ok("") => return Ok(LayoutWish::AsFits),
+        Ok("observed") => return Ok(LayoutWish::Observed),
+        Ok("ordered") if crate::preload::layout::is_loaded() => return Ok(LayoutWish::Ordered),
+        Ok("ordered") => "HMM_LAYOUT=ordered needs libhmm_preload.so: start the program with \
+                          LD_PRELOAD=libhmm_preload.so (of this version), or leave HMM_LAYOUT out"
+            .into(),
+        Ok(other) => format!("HMM_LAYOUT={other}: unknown; use observed or ordered"),
+    };
+    Err(Error::Unsupported { what })
+}
+
 fn check_page_size() -> Result<()> {
     match rustix::param::page_size() {
         PAGE_SIZE => Ok(()),
@@ -125,9 +146,10 @@ pub fn open_engine() -> Result<(Arc<dyn Engine>, Choice)> {
 }
 
 /// One line about the choice, for who asked with `HMM_LOG=info`.
-fn tell(choice: &Choice) {
+fn tell(choice: &Choice, is_ordered: bool) {
     if std::env::var("HMM_LOG").is_ok_and(|level| level == "info") {
-        eprintln!("libhmm: {choice}");
+        let layout = if is_ordered { "; the program announces changes of its layout" } else { "" };
+        eprintln!("libhmm: {choice}{layout}");
     }
 }
 
@@ -135,16 +157,27 @@ impl Mm {
     /// The address space of this process, opened on first use. Everyone gets the same one while it is open.
     ///
     /// # Errors
-    /// `Unsupported` with the reason when no engine works here.
+    /// `Unsupported` with the reason when no engine works here, or `HMM_ENGINE` or `HMM_LAYOUT` asks for what cannot be
+    /// had.
     pub fn current() -> Result<Arc<Self>> {
         let mut current = Self::lock_current();
         if let Some(mm) = current.as_ref().filter(|mm| mm.check_not_closing().is_ok()) {
             return Ok(Arc::clone(mm));
         }
         crate::fork::install();
+        let layout = wished_layout()?;
         let (engine, choice) = open_engine()?;
         let mm = Self::with_engine(engine)?;
-        tell(&choice);
+        // Only now: an mm that does not open is no test of one that runs.
+        crate::inject::configure_from_environment()?;
+        let is_told = mm.capabilities().contains(Capabilities::EVENTS);
+        let is_ordered = layout == LayoutWish::Ordered || layout == LayoutWish::AsFits && !is_told;
+        let is_ordered = is_ordered && crate::preload::layout::attach(&mm);
+        if layout == LayoutWish::Ordered && !is_ordered {
+            mm.close()?;
+            return Err(Error::NoMemory { what: "hooks for libhmm_preload.so" });
+        }
+        tell(&choice, is_ordered);
         if !mm.serves_kernel() {
             crate::preload::attach(&mm, Some(crate::engine::program_action));
         }

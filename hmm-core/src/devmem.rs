@@ -83,6 +83,19 @@ impl Devmem {
         devmem.descriptor(page).is_some().then_some(devmem)
     }
 
+    /// The number of the window that a device page lies in.
+    pub(crate) fn window_of(page: Pfn) -> usize {
+        (page.get().saturating_sub(Pfn::DEVICE_BASE) >> DEVICE_WINDOW_SHIFT) as usize
+    }
+
+    /// All device memory, with the numbers of the windows.
+    pub(crate) fn each(mut look: impl FnMut(usize, &Self)) {
+        for (number, place) in WINDOWS.iter().enumerate() {
+            let devmem = place.read().clone();
+            devmem.iter().for_each(|devmem| look(number, devmem));
+        }
+    }
+
     /// First page.
     pub fn pfn_first(&self) -> Pfn {
         Pfn::new(Pfn::DEVICE_BASE + ((self.window as u64) << DEVICE_WINDOW_SHIFT))

@@ -73,6 +73,12 @@ pub enum Error {
         /// How.
         what: &'static str,
     },
+    /// The library's own accounts contradict one another: a bug of the library, or of a driver. `EUCLEAN`
+    #[error("inconsistent: {what}")]
+    Inconsistent {
+        /// What differs from what.
+        what: String,
+    },
     /// A system call failed.
     #[error("{call} failed at {address} with errno {errno}")]
     Os {
@@ -106,6 +112,7 @@ impl Error {
             Self::Deadlock { .. } => libc::EDEADLK,
             Self::Gone { .. } => libc::ENODEV,
             Self::Lost { .. } => libc::EIO,
+            Self::Inconsistent { .. } => libc::EUCLEAN,
             Self::Os { errno, .. } => *errno,
         }
     }

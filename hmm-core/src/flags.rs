@@ -76,7 +76,8 @@ bitflags! {
         /// CPU faults on absent pages are answered (every engine that migrates).
         const MISSING_FAULTS = 1 << 0;
         /// Contents move without a copy, each page in one step: what the program unmaps or moves at the same time comes
-        /// out right. Without it, nothing may be unmapped, moved or replaced while it migrates.
+        /// out right. Without it, nothing may be unmapped, moved or replaced while it migrates, unless that is announced
+        /// (`ORDERED`).
         const MOVE = 1 << 1;
         /// System calls on absent pages wait for the page instead of failing with `EFAULT`.
         const KERNEL_FAULTS = 1 << 2;
@@ -86,6 +87,10 @@ bitflags! {
         const EVENTS = 1 << 4;
         /// Private file mappings migrate, too (system calls on their absent pages fail with `EFAULT`).
         const PRIVATE_FILES = 1 << 5;
+        /// The program announces changes of its layout, by way of `libhmm_preload.so`: callbacks have returned before
+        /// `munmap`, `mremap`, `mprotect`, `madvise` and the like change anything, nothing migrates meanwhile, and all of
+        /// them may be called while their memory migrates, also without `MOVE`.
+        const ORDERED = 1 << 6;
     }
 }
 
@@ -126,7 +131,8 @@ impl std::fmt::Debug for PfnEntry {
     }
 }
 
-/// One entry of `src[]` or `dst[]`: flags in the low 6 bits, pfn above.
+/// One entry of `src[]` or `dst[]`: flags in the low 6 bits, pfn above. What does not migrate says why above that
+/// ([`crate::Stay`]).
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 #[repr(transparent)]
 pub struct MigratePfn(pub u64);
@@ -154,7 +160,7 @@ impl MigratePfn {
     /// The pfn, if the entry is valid.
     pub const fn pfn(self) -> Option<Pfn> {
         if self.flags().contains(MigrateFlags::VALID) {
-            Some(Pfn::new(self.0 >> Self::SHIFT))
+            Some(Pfn::new((self.0 & Self::BELOW_REASON) >> Self::SHIFT))
         } else {
             None
         }
@@ -163,6 +169,9 @@ impl MigratePfn {
 
 impl std::fmt::Debug for MigratePfn {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} {:?}", self.pfn(), self.flags())
+        match self.reason() {
+            Some(why) => write!(f, "{:?} {:?} {why:?}", self.pfn(), self.flags()),
+            None => write!(f, "{:?} {:?}", self.pfn(), self.flags()),
+        }
     }
 }

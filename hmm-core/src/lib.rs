@@ -10,6 +10,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("libhmm needs 64-bit Linux");
 
+mod account;
 mod addr;
 pub mod arena;
 mod context;
@@ -19,6 +20,7 @@ mod error;
 mod evict;
 mod flags;
 mod fork;
+pub mod inject;
 pub mod limits;
 mod migrate;
 mod mirror;
@@ -30,12 +32,14 @@ mod preload;
 mod range;
 mod sparse;
 mod stats;
+mod stay;
 pub mod sync;
 
+pub use account::{GroupEvents, GroupStat, MemoryGroup};
 pub use addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE, Pfn, USER_END, VirtAddr};
 pub use context::{Choice, EngineKind, open_engine};
 pub use devmem::Devmem;
-pub use engine::VmaKind;
+pub use engine::{Rss, VmaKind};
 pub use error::{Error, Result};
 pub use flags::{
     Capabilities, FaultFlags, MigrateFlags, MigratePfn, PfnEntry, PfnFlags, Protection, Select,
@@ -48,3 +52,4 @@ pub use ops::{
 };
 pub use range::{Access, RangeRequest};
 pub use stats::Counters;
+pub use stay::Stay;

@@ -23,8 +23,12 @@ pub const PINS: usize = 4096;
 pub const INLINE_RANGES: usize = 4096;
 /// Layout changes that may be unfinished at once.
 pub const MAP_TICKETS: usize = 256;
+/// Changes of the layout that the program announces at once; a further one waits for a place.
+pub const CHANGES: usize = 64;
 /// Events read from the kernel at once.
 pub const EVENT_BATCH: usize = 8;
+/// Memory groups, process-wide, the root group included.
+pub const MEMORY_GROUPS: usize = 256;
 /// Devices with memory of their own, process-wide.
 pub const DEVICES: usize = 64;
 /// log2 of the pages in one device's pfn window (256 GiB).

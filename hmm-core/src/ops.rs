@@ -31,6 +31,9 @@ pub enum InvalidateEvent {
     Unmap,
     /// Contents replaced or dropped (madvise, a page brought home).
     Clear,
+    /// The access that the program allows changes (`MMU_NOTIFY_PROTECTION_VMA`). Only where it announces such changes
+    /// ([`crate::Capabilities::ORDERED`]): the kernel reports nothing of them.
+    Protection,
     /// Pages are about to migrate.
     Migrate,
     /// The mm is going away; the range is the whole address space.

@@ -25,6 +25,13 @@ impl PageSet {
     pub(crate) fn is_empty(&self) -> bool {
         self.0.iter().all(|word| *word == 0)
     }
+    pub(crate) fn is_full(&self) -> bool {
+        self.0.iter().all(|word| *word == u64::MAX)
+    }
+    /// How many slots are in it.
+    pub(crate) fn count(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         self.0.iter().zip(&other.0).any(|(a, b)| a & b != 0)
     }

@@ -65,7 +65,9 @@ impl Mm {
                 return Err(Error::Permission { address, what: "the vma is not writable" });
             }
             self.look_at_range(request, &vma, pfns)?;
-            let Some(missing) = first_missing(request.range, access, pfns) else { return Ok(()) };
+            let Some(missing) = first_missing(request.range, access, pfns) else {
+                return self.own_pages(request.range, &vma, access, pfns);
+            };
             if Instant::now() >= deadline {
                 return Err(Error::Busy { address: missing.start(), what: "range keeps changing" });
             }
@@ -118,10 +120,35 @@ impl Mm {
             for offset in 0..part.pages() {
                 let address = part.page_at(offset);
                 let entry = entries[address.index_in_leaf()];
-                if entry != Entry::SYSTEM {
+                if !entry.is_ordinary() {
                     pfns[range.index_of(address)] = device_entry(entry, request.owner, write);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// After a fork the kernel lets parent and child share private pages, and does not tell which. For a write each is
+    /// made this process's own (promise 28); one that is already is left as it is.
+    fn own_pages(
+        &self,
+        range: AddrRange,
+        vma: &Vma,
+        access: Access,
+        pfns: &[PfnEntry],
+    ) -> Result<()> {
+        let is_private = matches!(vma.kind, VmaKind::Anonymous | VmaKind::PrivateFile);
+        if access == Access::Read || !is_private || !self.may_share_pages() {
+            return Ok(());
+        }
+        let is_system = |entry: &PfnEntry| !entry.flags().contains(PfnFlags::DEVICE);
+        let mut first = 0;
+        while first < pfns.len() {
+            let count = pfns[first..].iter().take_while(|entry| is_system(entry)).count();
+            if count > 0 {
+                self.engine.populate(range.sub(first, count), true)?;
+            }
+            first += count + 1;
         }
         Ok(())
     }

@@ -24,10 +24,15 @@ pub(crate) fn of(report: &Report) -> Vec<String> {
              them, or run the program under libhmm_preload.so",
         );
     }
-    if !has("EVENTS") {
+    if !has("EVENTS") && has("ORDERED") {
+        found.push(
+            "munmap, mremap and madvise are announced because libhmm_preload.so is loaded; mirrors hear of what libc \
+             does by itself (free of large blocks) late, at the next touch or call of the library",
+        );
+    } else if !has("EVENTS") {
         found.push(
             "munmap, mremap and madvise are not reported: mirrors hear of them late, at the next touch or call of the \
-             library",
+             library, unless the program runs under libhmm_preload.so, which announces them",
         );
     }
     if !has("MOVE") {

@@ -11,7 +11,7 @@ use serde::Serialize;
 use std::time::Duration;
 
 /// A process in which an engine is tried takes no longer. Usually it takes a small part of it.
-const LIMIT: Duration = Duration::from_secs(4);
+const LIMIT: Duration = Duration::from_secs(12);
 /// The same, where everything is slow.
 const VALGRIND_LIMIT: Duration = Duration::from_secs(30);
 

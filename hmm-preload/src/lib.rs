@@ -4,6 +4,8 @@
 //! cannot, `read` into such a page says `EFAULT`. Loaded with `LD_PRELOAD`, this library stands between the program
 //! and libc. Before a system call it has libhmm bring the call's memory home and keep it there, and lets go afterwards.
 //!
+//! And it tells libhmm of changes of the layout (`munmap`, `mremap`, `mprotect`, …) before they are made.
+//!
 //! It does not depend on libhmm: libhmm looks for `hmm_preload_attach` and hands over its side. Until then, and
 //! in every program that does not use libhmm, a wrapper costs one load and passes on to libc.
 //!
@@ -20,6 +22,7 @@ mod cleanup;
 mod holds;
 mod hooks;
 mod inside;
+mod layout;
 mod messages;
 mod next;
 mod signals;
@@ -27,6 +30,7 @@ mod signals;
 /// Runs when the library is loaded: looks up everything that it replaces, so that nothing needs the loader later.
 extern "C" fn look_up() {
     calls::look_up();
+    layout::look_up();
     messages::look_up();
     signals::look_up();
     cleanup::look_up();

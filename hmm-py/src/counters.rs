@@ -1,6 +1,6 @@
 //! Counters as dictionaries. The structs are taken apart completely, so a counter that is added cannot be forgotten.
 
-use hmm_core::Counters;
+use hmm_core::{Counters, GroupEvents, GroupStat, Rss};
 use hmm_soft::SoftCounters;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -36,6 +36,24 @@ pub(crate) fn of_mm<'py>(py: Python<'py>, values: &Counters) -> PyResult<Bound<'
             self_faults,
         }
     )
+}
+
+/// Resident memory by kind.
+pub(crate) fn of_rss<'py>(py: Python<'py>, values: &Rss) -> PyResult<Bound<'py, PyDict>> {
+    to_dictionary!(py, values, Rss { anon, file, shmem })
+}
+
+/// What a memory group's charges are.
+pub(crate) fn of_stat<'py>(py: Python<'py>, values: &GroupStat) -> PyResult<Bound<'py, PyDict>> {
+    to_dictionary!(py, values, GroupStat { anon, device })
+}
+
+/// What happened to a memory group.
+pub(crate) fn of_events<'py>(
+    py: Python<'py>,
+    values: &GroupEvents,
+) -> PyResult<Bound<'py, PyDict>> {
+    to_dictionary!(py, values, GroupEvents { max })
 }
 
 /// The counters of a soft device.

@@ -9,6 +9,7 @@
 mod counters;
 mod doctor;
 mod error;
+mod group;
 mod guard;
 mod kernel;
 mod memory;
@@ -16,6 +17,7 @@ mod mm;
 mod pin;
 mod registry;
 mod soft;
+mod stay;
 
 /// Rust allocations of this module come from mappings that never migrate: a migration must not wait for itself.
 #[global_allocator]
@@ -29,6 +31,8 @@ mod _native {
     #[pymodule_export]
     use crate::error::Error;
     #[pymodule_export]
+    use crate::group::MemoryGroup;
+    #[pymodule_export]
     use crate::guard::Guard;
     #[pymodule_export]
     use crate::mm::{Mm, current};
@@ -38,6 +42,8 @@ mod _native {
     use crate::registry::close_all;
     #[pymodule_export]
     use crate::soft::SoftDevice;
+    #[pymodule_export]
+    use crate::stay::stay_reasons;
 
     #[pymodule_export]
     const PAGE_SIZE: usize = hmm_core::PAGE_SIZE;

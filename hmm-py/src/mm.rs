@@ -2,6 +2,7 @@
 
 use crate::counters;
 use crate::error::{detached, to_python};
+use crate::group::MemoryGroup;
 use crate::guard::Guard;
 use crate::memory::Memory;
 use crate::pin::Pin;
@@ -78,6 +79,8 @@ impl Mm {
     ///   is missing, those of memory on a device are noticed at the next touch or call (`sync`), the others not at all.
     /// - `"PRIVATE_FILES"`: private mappings of files (`numpy.memmap` in mode `"c"`) migrate, too. Where it is missing they
     ///   stay. System calls on such memory on a device need a guard on every engine.
+    /// - `"ORDERED"`: changes of mappings are announced before they are made, by `libhmm_preload.so`: they may be made while
+    ///   the memory migrates.
     #[getter]
     fn capabilities(&self) -> Vec<&'static str> {
         self.inner.capabilities().iter_names().map(|(name, _)| name).collect()
@@ -111,6 +114,49 @@ impl Mm {
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let values = py.detach(|| self.inner.counters());
         counters::of_mm(py, &values)
+    }
+
+    /// Resident memory by kind (`"anon"`, `"file"`, `"shmem"`), in bytes: what the kernel counts, without what the library
+    /// holds, and with what is on devices counted as anonymous. It does not change by migration. The memory of a
+    /// `SoftDevice` is memory of this process, too, once it is used.
+    ///
+    /// Raises `hmm.Error` where `/proc` does not tell.
+    fn rss<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let values = detached(py, || self.inner.rss())?;
+        counters::of_rss(py, &values)
+    }
+
+    /// The memory group that pays for what leaves from now on.
+    #[getter]
+    fn group(&self, py: Python<'_>) -> MemoryGroup {
+        MemoryGroup::from(py.detach(|| self.inner.group()))
+    }
+
+    /// Moves the address space into a memory group, `None` for the root group. What is charged already stays where it is
+    /// (see `move_charges`).
+    fn set_group(&self, py: Python<'_>, group: Option<&MemoryGroup>) -> PyResult<()> {
+        let group = group.map_or_else(hmm_core::MemoryGroup::root, MemoryGroup::inner);
+        detached(py, || self.inner.set_group(&group))
+    }
+
+    /// Charges the pages of this address space to the group that it is in now, as far as that has room. Returns how many
+    /// changed groups.
+    fn move_charges(&self, py: Python<'_>) -> PyResult<usize> {
+        detached(py, || self.inner.move_charges())
+    }
+
+    /// Ends the charges of pages at home that the program dropped, where nobody reports that: without the capability
+    /// `"EVENTS"`. Elsewhere it does nothing.
+    fn settle_charges(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.inner.settle_charges())
+    }
+
+    /// Compares what the library counts with its page table: counters, the pages of each device, charges. Only
+    /// meaningful while nothing is under way.
+    ///
+    /// Raises `hmm.Error`: `EUCLEAN` when something differs; the text says what.
+    fn check_accounts(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.inner.check_accounts())
     }
 
     /// Waits until changes of mappings (a `mmap` object closed, an array freed) that were made before this call are

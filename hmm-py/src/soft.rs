@@ -58,13 +58,13 @@ impl SoftDevice {
         outcome.map_err(to_python)
     }
 
-    fn on_pages(
+    fn on_pages<T: Default + Send>(
         &self,
         py: Python<'_>,
         memory: &Memory,
-        call: impl FnOnce(&hmm_soft::SoftDevice, AddrRange) -> Result<usize> + Send,
-    ) -> PyResult<usize> {
-        detached(py, || memory.pages()?.map_or(Ok(0), |range| call(&self.inner, range)))
+        call: impl FnOnce(&hmm_soft::SoftDevice, AddrRange) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        detached(py, || memory.pages()?.map_or(Ok(T::default()), |range| call(&self.inner, range)))
     }
 
     fn shut(&self, py: Python<'_>) -> PyResult<()> {
@@ -127,6 +127,23 @@ impl SoftDevice {
     /// device that is full takes what it has room for.
     fn migrate(&self, py: Python<'_>, memory: Memory) -> PyResult<usize> {
         self.on_pages(py, &memory, |device, range| device.migrate(range))
+    }
+
+    /// As `migrate`, and says why the others stayed: returns how many moved, and a dictionary of the pages that stayed by
+    /// reason, such as `{"shared": 16}`; `hmm.stay_reasons()` explains the words. Pages that were on a device already
+    /// are in neither.
+    fn migrate_explained<'py>(
+        &self,
+        py: Python<'py>,
+        memory: Memory,
+    ) -> PyResult<(usize, Bound<'py, PyDict>)> {
+        let (moved, stays) =
+            self.on_pages(py, &memory, |device, range| device.migrate_explained(range))?;
+        let reasons = PyDict::new(py);
+        for (why, pages) in stays.iter() {
+            reasons.set_item(why.name(), pages)?;
+        }
+        Ok((moved, reasons))
     }
 
     /// Brings the pages of the memory home from this device. Returns how many came.

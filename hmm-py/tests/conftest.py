@@ -1,13 +1,34 @@
-"""`@pytest.mark.isolated(timeout)`: the test runs in a process of its own (see isolation.py)."""
+"""`@pytest.mark.isolated(timeout)`: the test runs in a process of its own (see isolation.py). After every test that had
+the library at work, its accounts must agree."""
 
 import os
 import re
 import sys
 
+import hmm
 import pytest
 from isolation import DUMP_BEFORE_KILL, run_process
 
 IN_CHILD = "HMM_TEST_ISOLATED"
+
+
+def is_open() -> bool:
+    """Whether the mm of this process is open: asking the library would open it."""
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{task}/comm") as comm:
+                if comm.read().startswith("hmm-watch"):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+@pytest.fixture(autouse=True)
+def accounts():
+    yield
+    if is_open():
+        hmm.current().check_accounts()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -176,7 +176,7 @@ def test_guards_hold_while_others_migrate(tmp_path):
 def test_the_engine_says_what_it_can_do():
     mm = hmm.current()
     can = set(mm.capabilities)
-    assert can <= {"MISSING_FAULTS", "MOVE", "KERNEL_FAULTS", "POISON", "EVENTS", "PRIVATE_FILES"}
+    assert can <= {"MISSING_FAULTS", "MOVE", "KERNEL_FAULTS", "POISON", "EVENTS", "PRIVATE_FILES", "ORDERED"}
     assert mm.engine in ("uffd", "uffd-inline", "signal") and mm.engine in repr(mm)
     assert ("KERNEL_FAULTS" in can) == (mm.engine == "uffd")
     assert ("EVENTS" in can) == (mm.engine != "signal")

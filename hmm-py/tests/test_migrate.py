@@ -267,3 +267,19 @@ def test_python_objects_survive_the_migration_of_their_own_memory():
             words.reverse()
             words.reverse()
             assert words[::-1] == backwards
+
+
+def test_what_stays_says_why():
+    reasons = hmm.stay_reasons()
+    assert "munlock" in reasons["locked"] and all(reasons.values())
+    x, shared = page_aligned(8 * 512), mmap.mmap(-1, 4 * PAGE)
+    shared.write(b"x" * 4 * PAGE)
+    with hmm.SoftDevice(memory=MIB) as device, hmm.pin((address_of(x), 2 * PAGE)):
+        moved, stayed = device.migrate_explained(x)
+        assert stayed.pop("pinned") == 2
+        assert moved + sum(stayed.values()) == 6 and set(stayed) <= set(reasons)
+        assert device.migrate_explained(shared) == (0, {"shared": 4})
+        large = page_aligned(4 * MIB // 8)
+        moved, stayed = device.migrate_explained(large)
+        assert moved < large.nbytes // PAGE and stayed["left_out"] > 0
+    assert shared[-1] == ord("x")

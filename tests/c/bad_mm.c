@@ -217,7 +217,8 @@ static void engines_say_what_they_can_do(void)
 	CHECK_EQ(!(can & HMM_CAPABILITY_KERNEL_FAULTS), strcmp(engine, "uffd") != 0);
 	CHECK_EQ(!(can & HMM_CAPABILITY_EVENTS), !strcmp(engine, "signal"));
 	CHECK_EQ(can & ~(HMM_CAPABILITY_MISSING_FAULTS | HMM_CAPABILITY_MOVE | HMM_CAPABILITY_KERNEL_FAULTS |
-			 HMM_CAPABILITY_POISON | HMM_CAPABILITY_EVENTS | HMM_CAPABILITY_PRIVATE_FILES), 0);
+			 HMM_CAPABILITY_POISON | HMM_CAPABILITY_EVENTS | HMM_CAPABILITY_PRIVATE_FILES |
+			 HMM_CAPABILITY_ORDERED), 0);
 }
 
 static void closed_address_spaces_are_refused(void)

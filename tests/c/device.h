@@ -173,8 +173,10 @@ failed:
 /* Closes it, and checks that every page came back exactly once. */
 static inline void test_device_close(struct test_device *device)
 {
+	CHECK_EQ(hmm_mm_check_accounts(device->mm), 0);
 	hmm_devmem_remove(device->devmem);
 	CHECK_EQ(hmm_last_errno(), 0);
+	CHECK_EQ(hmm_mm_check_accounts(device->mm), 0);
 	CHECK_EQ(device->free_count, TEST_DEVICE_PAGES);
 	CHECK_EQ(device->freed_twice, 0);
 	hmm_device_put(device->device);

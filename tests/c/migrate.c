@@ -78,6 +78,9 @@ static void a_pinned_range_comes_home_and_stays(void)
 	CHECK_EQ(to_device(memory, PAGES), 0);
 	CHECK_EQ(memory_count(mm, memory, PAGES, HMM_RESIDENCY_DEVICE), PAGES - 2);
 	CHECK_EQ(device.src[1] & MIGRATE_PFN_MIGRATE, 0);
+	CHECK_EQ(hmm_migrate_reason(device.src[1]), HMM_STAY_PINNED);
+	CHECK(strstr(hmm_stay_text(hmm_migrate_reason(device.src[1])), "unpin"));
+	CHECK(strstr(hmm_stay_text(63), "not a reason"));
 	CHECK_EQ(hmm_unpin_range(mm, memory + PAGE, 2 * PAGE), 0);
 	CHECK_EQ(to_device(memory, PAGES), 0);
 	CHECK_EQ(memory_count(mm, memory, PAGES, HMM_RESIDENCY_DEVICE), PAGES);
@@ -98,6 +101,8 @@ static void what_the_driver_leaves_out_stays(void)
 	for (size_t i = 0; i < PAGES; i++) {
 		CHECK_EQ(!(device.src[i] & MIGRATE_PFN_MIGRATE), i & 1);
 		CHECK_EQ(!device.dst[i], i & 1);
+		CHECK_EQ(hmm_migrate_reason(device.src[i]), i & 1 ? HMM_STAY_LEFT_OUT : HMM_STAY_NONE);
+		CHECK(i & 1 ? !hmm_page_is_device(migrate_pfn_to_page(device.src[i])) : 1);
 	}
 	CHECK_EQ(memory_wrong(memory, PAGES), 0);
 	CHECK_EQ(device.faults, PAGES / 2);

@@ -61,13 +61,14 @@ run() {
 
 # What the library replaces; each name is either here or not replaced.
 replaced() {
-	printf '%s\n' hmm_preload_attach \
+	printf '%s\n' hmm_preload_attach hmm_preload_attach_layout \
 		read __read write __write pread pread64 __pread64 pwrite pwrite64 __pwrite64 \
 		readv writev preadv preadv64 pwritev pwritev64 preadv2 preadv64v2 pwritev2 pwritev64v2 \
 		send __send recv sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg \
 		__read_chk __pread_chk __pread64_chk __recv_chk __recvfrom_chk \
 		sigaction __sigaction signal bsd_signal ssignal sysv_signal __sysv_signal \
-		pthread_sigmask sigprocmask sigsuspend | sort
+		pthread_sigmask sigprocmask sigsuspend \
+		mmap mmap64 munmap mremap mprotect pkey_mprotect madvise brk sbrk shmdt | sort
 }
 
 binary_checks() {
@@ -114,18 +115,43 @@ early_calls() {
 	report "calls before the library is ready" $?
 }
 
-# The real libhmm on every engine of this machine; where the kernel waits for pages by itself, nothing is attached.
+# The real libhmm on every engine of this machine.
 with_libhmm() {
 	local engine
 	if [ ! -e "$capi/libhmm.so" ]; then
 		cargo build --quiet --profile capi --package hmm-capi || return
 	fi
 	ln -sfn libhmm.so "$capi/libhmm.so.0.1"
-	compile libhmm -O1 -Iinclude -L"$capi" -Wl,-rpath,"$(realpath "$capi")" -lhmm || return
+	for name in libhmm layout lost storm; do
+		compile "$name" -O1 -Iinclude -L"$capi" -Wl,-rpath,"$(realpath "$capi")" -lhmm || return
+	done
 	for engine in uffd uffd-inline signal; do
 		echo "# engine $engine"
 		HMM_ENGINE=$engine run libhmm
+		for name in layout lost storm; do
+			HMM_ENGINE=$engine HMM_LAYOUT=ordered run "$name"
+		done
 	done
+	for engine in uffd uffd-inline; do
+		echo "# engine $engine without MOVE"
+		HMM_UFFD_DISABLE=move HMM_ENGINE=$engine HMM_LAYOUT=ordered run layout
+		HMM_UFFD_DISABLE=move HMM_ENGINE=$engine HMM_LAYOUT=ordered run storm
+	done
+	layout_modes
+}
+
+# Who gets which mode. An engine that is refused here says why.
+layout_modes() {
+	HMM_ENGINE=signal preloaded "$out/layout" mode | grep -qx ordered
+	report "an engine that nobody tells of changes has them announced" $?
+	HMM_ENGINE=signal HMM_LAYOUT=observed preloaded "$out/layout" mode | grep -qx observed
+	report "unless they are to be observed" $?
+	HMM_ENGINE=uffd preloaded "$out/layout" mode | grep -qE '^observed$|userfaultfd'
+	report "an engine with events observes by itself" $?
+	HMM_LAYOUT=ordered timeout --signal=KILL "$limit" "$out/layout" mode | grep -q 'needs libhmm_preload.so'
+	report "announcements without the library are refused with a reason" $?
+	HMM_LAYOUT=sideways preloaded "$out/layout" mode | grep -q 'HMM_LAYOUT=sideways: unknown'
+	report "modes that do not exist are refused" $?
 }
 
 # Nanoseconds of one read, without the library, with it, and with it attached.
@@ -147,7 +173,7 @@ mkdir -p "$out"
 binary_checks
 ordinary_programs
 early_calls
-for name in calls messages loss signals threads; do
+for name in calls messages loss signals threads announce; do
 	compile "$name" -O1 && run "$name"
 done
 compile fortified -O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 && run fortified

@@ -95,7 +95,7 @@ fn a_device_of_the_parents_writes_to_its_own_copy() {
     set_all(&region, 1);
     device.migrate(region.range()).unwrap();
     let add = Kernel::AtomicAddU64 { addr: region.addr(), value: 100 };
-    device.run(add.clone()).unwrap();
+    device.run(add).unwrap();
     let child = Child::start(|go| {
         go.wait();
         let first = region.word(0).load(Ordering::Relaxed);

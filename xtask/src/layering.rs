@@ -15,17 +15,18 @@ struct Room {
 
 /// The ground floor: no knowledge of the floors above.
 const GROUND: &[&str] =
-    &["addr", "arena", "error", "flags", "limits", "page_set", "sparse", "sync"];
+    &["addr", "arena", "error", "flags", "inject", "limits", "page_set", "sparse", "stay", "sync"];
 /// Interfaces and bookkeeping, below the address space.
-const BELOW_MM: &[&str] = &["engine", "ops", "notifier", "devmem", "stats"];
+const BELOW_MM: &[&str] = &["engine", "ops", "notifier", "devmem", "stats", "account"];
 /// What a verb works with.
-const BELOW_VERBS: &[&str] = &["engine", "ops", "notifier", "devmem", "stats", "mm"];
+const BELOW_VERBS: &[&str] = &["engine", "ops", "notifier", "devmem", "stats", "account", "mm"];
 
 /// Every room; each may also use [`GROUND`].
 const ROOMS: &[Room] = &[
     Room { modules: GROUND, may_use: &[] },
     Room { modules: &["engine"], may_use: &[] },
     Room { modules: &["stats"], may_use: &[] },
+    Room { modules: &["account"], may_use: &[] },
     // The traits that drivers implement name the types that their callbacks receive: data, never a call.
     Room { modules: &["ops"], may_use: &["mm", "migrate", "devmem"] },
     Room { modules: &["notifier"], may_use: &["ops", "stats"] },
@@ -39,7 +40,7 @@ const ROOMS: &[Room] = &[
     // A child of a lazy fork is a driver, whose device is its parent's memory.
     Room {
         modules: &["fork"],
-        may_use: &["engine", "ops", "notifier", "devmem", "stats", "mm", "migrate"],
+        may_use: &["engine", "ops", "notifier", "devmem", "stats", "account", "mm", "migrate"],
     },
     Room { modules: &["preload"], may_use: BELOW_VERBS },
     // Concrete engines know the Engine and FaultSink traits, and never the address space above them.

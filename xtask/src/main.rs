@@ -7,6 +7,7 @@ mod house_rules;
 mod install;
 mod layering;
 mod matrix;
+mod promises;
 mod source;
 mod test;
 mod workspace;
@@ -30,6 +31,8 @@ usage: cargo xtask CHORE
       --row NAME           only this row (may be repeated)
       --quick              only the rows and tests that tell the most
       --list               the rows, and what is expected of each
+      --prices             what libhmm costs in each row, instead: the benchmark's ratios
+  promises [--check]       run the tests of hmm.txt's promises on every engine, and write docs/PROMISES.md, or compare it
   install --prefix DIR     install the C library: header, libhmm.so, libhmm.a, pkg-config and CMake files
 ";
 
@@ -55,6 +58,7 @@ fn dispatch(words: &[&str]) -> Result<(), String> {
         ["aarch64"] => aarch64::run(false),
         ["aarch64", "--require"] => aarch64::run(true),
         ["matrix", options @ ..] => matrix::run(&matrix::Options::parse(options)?),
+        ["promises", options @ ..] => promises::run(options),
         ["install", "--prefix", prefix] => install::run(prefix.as_ref()),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");

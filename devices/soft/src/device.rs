@@ -7,6 +7,7 @@ use crate::jobs::{Job, Queue, closed};
 use crate::kernel::Kernel;
 use crate::migrate::Driver;
 use crate::state::State;
+use crate::stays::Stays;
 use hmm_core::sync::Mutex;
 use hmm_core::{
     AddrRange, Devmem, DevmemOps, Error, Mm, Notifier, NotifierOps, PAGE_SIZE, Result, USER_END,
@@ -92,7 +93,22 @@ impl SoftDevice {
         if self.driver.state.settings.policy() == Policy::Never {
             return Err(never());
         }
-        self.driver.migrate(range)
+        self.driver.migrate(range, &mut Stays::default())
+    }
+
+    /// As [`SoftDevice::migrate`], and says why the others did not move. Pages that were on a device already are in
+    /// neither number.
+    ///
+    /// # Errors
+    /// As [`SoftDevice::migrate`].
+    pub fn migrate_explained(&self, range: AddrRange) -> Result<(usize, Stays)> {
+        self.check_open()?;
+        if self.driver.state.settings.policy() == Policy::Never {
+            return Err(never());
+        }
+        let mut stays = Stays::default();
+        let moved = self.driver.migrate(range, &mut stays)?;
+        Ok((moved, stays))
     }
 
     /// Moves this device's pages of a range back into system memory. Returns how many moved.

@@ -8,6 +8,7 @@ use crate::config::{Policy, WINDOW_PAGES};
 use crate::counters::add;
 use crate::migrate::Driver;
 use crate::state::index_of;
+use crate::stays::Stays;
 use crate::table::{Place, Translation};
 use hmm_core::limits::{DEADLINE, RANGE_DEADLINE};
 use hmm_core::{
@@ -90,7 +91,7 @@ impl Driver {
         } else if first && self.state.settings.policy() == Policy::OnTouch && vma.can_migrate() {
             // Best effort, and once for each access: what does not come is used where it is.
             self.make_room(window.pages());
-            let _ = self.move_in(window);
+            let _ = self.move_in(window, &mut Stays::default());
         }
         match self.populate(window, touch.write) {
             // Some other page of the window is at fault, perhaps.
@@ -132,7 +133,7 @@ impl Driver {
             });
         }
         self.make_room(window.pages());
-        self.move_in(window).map(|_| ())
+        self.move_in(window, &mut Stays::default()).map(|_| ())
     }
 
     /// Enters a range into the device's page table.

@@ -47,6 +47,7 @@ mod mapped;
 mod memory;
 mod migrate;
 mod state;
+mod stays;
 mod streams;
 mod table;
 
@@ -55,3 +56,4 @@ pub use counters::SoftCounters;
 pub use device::SoftDevice;
 pub use jobs::Job;
 pub use kernel::Kernel;
+pub use stays::Stays;

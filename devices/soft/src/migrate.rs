@@ -4,11 +4,12 @@ use crate::copy::{ToDevice, ToSystem};
 use crate::counters::add;
 use crate::mapped::Mapped;
 use crate::state::{State, pfn_of};
+use crate::stays::Stays;
 use hmm_core::limits::{BATCH_LEAVES, BATCH_PAGES};
 use hmm_core::sync::Mutex;
 use hmm_core::{
     AddrRange, Devmem, Error, LEAF_SIZE, MigrateOps, MigratePfn, MigrateRequest, Mm, PAGE_SIZE,
-    Residency, Result, Select, VirtAddr,
+    Residency, Result, Select, Stay, VirtAddr,
 };
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -68,13 +69,15 @@ impl Driver {
     }
 
     /// Moves what it can of a range into device memory; returns the pages moved. Ends early when the device is full.
-    pub(crate) fn migrate(&self, range: AddrRange) -> Result<usize> {
+    pub(crate) fn migrate(&self, range: AddrRange, stays: &mut Stays) -> Result<usize> {
         self.mm.sync();
         self.each_piece(range, |piece| {
             if self.state.memory.free_pages() == 0 {
+                let rest = AddrRange::new(piece.start().get(), range.end().get())?;
+                stays.add(Stay::LeftOut, rest.pages());
                 return Ok(None);
             }
-            self.move_in(piece).map(Some)
+            self.move_in(piece, stays).map(Some)
         })
     }
 
@@ -90,10 +93,13 @@ impl Driver {
     }
 
     /// Moves a piece of one vma in, also from other devices (through system memory).
-    pub(crate) fn move_in(&self, piece: AddrRange) -> Result<usize> {
+    pub(crate) fn move_in(&self, piece: AddrRange, stays: &mut Stays) -> Result<usize> {
         let mut ops = ToDevice::new(&self.state, &self.devmem);
+        let before = *stays;
         for _ in 0..ROUNDS {
-            self.migrate_piece(piece, Select::SYSTEM, &mut ops)?;
+            // What the last round says counts.
+            *stays = before;
+            self.migrate_piece(piece, Select::SYSTEM, &mut ops, stays)?;
             if ops.moved >= piece.pages() || self.state.memory.free_pages() == 0 {
                 break;
             }
@@ -110,7 +116,7 @@ impl Driver {
     fn move_out(&self, piece: AddrRange) -> Result<usize> {
         let mut ops = ToSystem::new(&self.state, &self.devmem);
         for _ in 0..ROUNDS {
-            self.migrate_piece(piece, Select::DEVICE, &mut ops)?;
+            self.migrate_piece(piece, Select::DEVICE, &mut ops, &mut Stays::default())?;
             if self.devmem.in_use() == 0 || !self.look(piece)?.wait_for_others() {
                 break;
             }
@@ -126,6 +132,7 @@ impl Driver {
         range: AddrRange,
         select: Select,
         ops: &mut dyn MigrateOps,
+        stays: &mut Stays,
     ) -> Result<()> {
         let owner = Some(self.state.owner);
         let request = MigrateRequest { range, select, owner, fault_page: None };
@@ -133,6 +140,9 @@ impl Driver {
         let (src, dst) = list.split_at_mut(BATCH_PAGES);
         let pages = range.pages();
         let done = self.mm.migrate(&request, ops, &mut src[..pages], &mut dst[..pages]);
+        if done.is_ok() {
+            stays.add_entries(&src[..pages]);
+        }
         self.return_list(list);
         done
     }

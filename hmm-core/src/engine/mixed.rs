@@ -11,7 +11,7 @@ use super::signal::{Follower, SignalEngine};
 use super::uffd::UffdEngine;
 use super::{
     Engine, FaultEvent, FaultSink, Give, LayoutLock, MapEvent, MapTicket, Mapping, Present,
-    Progress, Resolution, Stop, VmaKind, Watch,
+    Progress, Resolution, Rss, Stop, VmaKind, Watch,
 };
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena;
@@ -196,6 +196,10 @@ impl Engine for MixedEngine {
         self.uffd.scan(range, report)
     }
 
+    fn rss(&self) -> Result<Rss> {
+        self.uffd.rss()
+    }
+
     fn populate(&self, range: AddrRange, write: bool) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         loop {
@@ -214,6 +218,14 @@ impl Engine for MixedEngine {
         self.uffd.take(range, frame)
     }
 
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.uffd.is_huge(range)
+    }
+
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        self.uffd.is_locked(page)
+    }
+
     fn withdraw(&self, range: AddrRange) -> Progress {
         if !self.in_use() || !self.files.has(range.start()) {
             return self.uffd.withdraw(range);
@@ -223,6 +235,14 @@ impl Engine for MixedEngine {
             return stopped(Stop::Refused);
         }
         self.files.withdraw_by(range, &|part| self.uffd.drop_watched(part))
+    }
+
+    fn hides(&self, range: AddrRange) -> bool {
+        self.in_use() && self.files.hides(range)
+    }
+
+    fn uncover(&self, range: AddrRange) -> Result<()> {
+        self.files.uncover(range)
     }
 
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress {

@@ -55,6 +55,17 @@ pub struct Mapping {
     pub identity: u64,
 }
 
+/// Resident memory by kind, in bytes, under the kernel's names (`rss_anon`, `rss_file`, `rss_shmem`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rss {
+    /// Anonymous memory: private, and no page of a file any more.
+    pub anon: u64,
+    /// Pages of files.
+    pub file: u64,
+    /// Shared memory: shared anonymous, memfd, tmpfs.
+    pub shmem: u64,
+}
+
 /// What the CPU page table holds for a run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Present {
@@ -238,6 +249,14 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When the system cannot be asked.
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()>;
+    /// What the process has in system memory, the frames among it.
+    ///
+    /// # Errors
+    /// When the system cannot be asked.
+    fn rss(&self) -> Result<Rss> {
+        let what = format!("the {} engine does not know what is resident", self.name());
+        Err(Error::Unsupported { what })
+    }
     /// Makes pages present as a CPU access would (zero fill, COW, file read, swap-in). May wait for service threads.
     ///
     /// # Errors
@@ -246,6 +265,14 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
     /// store. Holes stay holes: their frames stay empty.
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
+    /// Whether a range of 2 MiB is one huge page, which moves as one.
+    fn is_huge(&self, _range: AddrRange) -> bool {
+        false
+    }
+    /// Whether a page is locked in memory (`mlock`). Asked when [`Engine::take`] refused it.
+    fn is_locked(&self, _page: VirtAddr) -> bool {
+        false
+    }
     /// Second half of [`Engine::take`] for engines that only copied the contents: the pages lose what they still have.
     /// Called with no lock held. A page that is not done keeps its contents, and [`Engine::give`] restores it.
     fn withdraw(&self, range: AddrRange) -> Progress {
@@ -256,6 +283,20 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
     /// Finds out what the program did to a range, where nobody reports it. Called with no lock held.
     fn refresh(&self, _range: AddrRange) {}
+    /// The program announced this change, and has made it. For engines that are not told by the kernel; called with no
+    /// lock held, while no page of the range can migrate.
+    fn changed(&self, _event: MapEvent) {}
+    /// Whether the engine keeps pages of a range out of reach by their protection, which the program is about to change.
+    fn hides(&self, _range: AddrRange) -> bool {
+        false
+    }
+    /// Pages of a range that are at home are within reach again, as the program left them. Called with no lock held.
+    ///
+    /// # Errors
+    /// `Fault` or `Busy` when one is not.
+    fn uncover(&self, _range: AddrRange) -> Result<()> {
+        Ok(())
+    }
     /// A hole that was taken is a hole again.
     fn give_hole(&self, _page: VirtAddr) {}
     /// Installs a page of zeros and wakes who waits for it.

@@ -15,6 +15,7 @@ mod lazy;
 mod legacy;
 mod wire;
 
+use crate::account;
 use crate::arena::{self, Buffer};
 use crate::devmem::WindowsHeld;
 use crate::mm::{ForkMode, Mm, next_generation};
@@ -38,6 +39,7 @@ struct Held {
     windows: WindowsHeld,
     open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
     current: MutexGuard<'static, Option<Arc<Mm>>>,
+    groups: MutexGuard<'static, ()>,
     turn: MutexGuard<'static, ()>,
 }
 
@@ -80,7 +82,8 @@ extern "C" fn prepare() {
     }
     let open = Mm::lock_list();
     let windows = WindowsHeld::take();
-    UNDER_WAY.replace(Some(Held { gates, bequests, heirs, windows, open, current, turn }));
+    let groups = account::lock_for_fork();
+    UNDER_WAY.replace(Some(Held { gates, bequests, heirs, windows, open, current, groups, turn }));
     // Nothing is allocated or given back from here on.
     arena::lock_for_fork();
 }
@@ -107,27 +110,28 @@ extern "C" fn parent() {
     arena::unlock_after_fork();
     let Some(held) = UNDER_WAY.replace(None) else { return };
     held.gates().for_each(|mm| mm.open_gate_after_fork());
-    let Held { bequests, mut heirs, windows, open, current, turn, .. } = held;
+    let Held { bequests, mut heirs, windows, open, current, groups, turn, .. } = held;
     // First of all: a touch of a page that is away needs them, and what follows may touch one.
-    drop((windows, open, current));
+    drop((windows, open, current, groups));
     bequests.into_iter().for_each(|bequest| bequest.hand_over(&mut heirs));
     drop((heirs, turn));
 }
 
 extern "C" fn child() {
     next_generation();
+    account::forget_after_fork();
     arena::unlock_after_fork();
     let Some(held) = UNDER_WAY.replace(None) else { return };
     if held.gates.is_none() || held.gates().any(|mm| mm.child_has_holes()) {
         end_child();
     }
     held.gates().for_each(|mm| mm.engine.disown());
-    let Held { gates, bequests, mut heirs, mut windows, open, current, turn } = held;
+    let Held { gates, bequests, mut heirs, mut windows, open, current, groups, turn } = held;
     // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
     let _gates = std::mem::ManuallyDrop::new(gates);
     windows.disown();
     lazy::disown(&mut heirs);
-    drop((heirs, windows, open, current, turn));
+    drop((heirs, windows, open, current, groups, turn));
     for bequest in bequests {
         let (socket, store, runs) = bequest.accept();
         legacy::take_over(socket, store, &runs);

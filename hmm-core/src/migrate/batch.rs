@@ -1,18 +1,21 @@
 //! One batch: which pages it holds, what each of them is, and what becomes of it.
 
-use super::{Job, cleared};
+use super::Job;
+use crate::account::GroupId;
 use crate::addr::{AddrRange, Pfn, VirtAddr};
-use crate::arena::{Buffer, Shared};
-use crate::devmem::{Devmem, LastFound};
+use crate::arena::{self, Buffer, Shared};
+use crate::devmem::LastFound;
 use crate::error::{Error, Result};
 use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
+use crate::mm::changes::Still;
 use crate::mm::frames::Block;
-use crate::mm::inflight::{Flight, is_candidate};
+use crate::mm::inflight::{Flight, why_not};
 use crate::mm::page_table::{Entry, Leaf, Place};
 use crate::mm::{Mm, Vma};
 use crate::ops::OwnerId;
 use crate::page_set::PageSet;
+use crate::stay::Stay;
 use crate::sync::this_thread;
 use std::sync::Arc;
 use std::time::Instant;
@@ -53,6 +56,10 @@ pub(super) struct Page {
     pub(super) fate: Fate,
     /// The entry before it was locked.
     pub(super) entry: Entry,
+    /// The group that the page is charged to now.
+    pub(super) group: Option<GroupId>,
+    /// Why it stays, if it does.
+    pub(super) stay: Stay,
 }
 
 /// A batch under way. Dropping it puts back what it still holds.
@@ -79,7 +86,8 @@ impl<'a> Batch<'a> {
     ) -> Result<Self> {
         let Job { mm, vma, request, shares } = *job;
         let no_memory = || Error::NoMemory { what: "lists of a migration" };
-        let blank = Page { held: Held::No, fate: Fate::Restore, entry: Entry::SYSTEM };
+        let (held, fate, stay) = (Held::No, Fate::Restore, Stay::NotSelected);
+        let blank = Page { held, fate, entry: Entry::SYSTEM, group: None, stay };
         let stack = mm.own_stack(range);
         let keep = [keep[0], keep[1], stack];
         let flight = Flight::new(range, this_thread(), keep).ok_or_else(no_memory)?;
@@ -134,25 +142,12 @@ impl<'a> Batch<'a> {
         {
             return;
         }
-        self.wait_until_unlocked(self.range, Instant::now() + RANGE_DEADLINE);
+        let deadline = Instant::now() + RANGE_DEADLINE;
+        self.mm.changes.wait_until_over(self.range, Still::Stay, deadline);
+        self.mm.wait_while(self.range, deadline, |entry| entry.is_locked());
         // What this migration needs itself: once its flight is registered, no other one takes it.
         for kept in self.flight.keep.iter().flatten() {
-            self.wait_until_unlocked(*kept, Instant::now() + DEADLINE);
-        }
-    }
-
-    fn wait_until_unlocked(&self, range: AddrRange, deadline: Instant) {
-        for leaf in self.mm.table.leaves(range) {
-            let Some(part) = leaf.range().intersect(range) else { continue };
-            let first = part.start().index_in_leaf();
-            let mut entries = leaf.lock();
-            while entries[first..first + part.pages()].iter().any(|entry| entry.is_locked()) {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return;
-                }
-                entries = leaf.wait(entries, left);
-            }
+            self.mm.wait_while(*kept, Instant::now() + DEADLINE, |entry| entry.is_locked());
         }
     }
 
@@ -176,32 +171,51 @@ impl<'a> Batch<'a> {
         select: Select,
         blocked: &PageSet,
     ) -> Result<()> {
-        let want_system = select.contains(Select::SYSTEM) && self.vma.can_migrate();
+        let system = match select.contains(Select::SYSTEM) {
+            true => self.vma.stays(),
+            false => Some(Stay::NotSelected),
+        };
         let want_device = select.contains(Select::DEVICE);
         let leaf = self.leaf(part.start())?;
         let mut devices = LastFound::default();
         let _layout = self.mm.engine.layout().hold();
         let mut entries = leaf.lock();
         // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
-        let mut blocked = *blocked;
-        self.mm.pins.within(part, |pin| blocked.insert_pages(pin));
+        let mut pinned = PageSet::default();
+        self.mm.pins.within(part, |pin| pinned.insert_pages(pin));
+        // Likewise whoever is about to change the layout.
+        let (mut staying, mut resting) = (PageSet::default(), PageSet::default());
+        self.mm.changes.within(part, Still::Stay, |still| staying.insert_pages(still));
+        self.mm.changes.within(part, Still::Rest, |still| resting.insert_pages(still));
         for offset in 0..part.pages() {
             let address = part.page_at(offset);
             let slot = address.index_in_leaf();
             let entry = entries[slot];
             // Pinned pages do not leave, but they come home.
-            let want_system = want_system && !blocked.contains(slot);
-            if !is_candidate(entry, want_system, want_device) {
+            let system = system.or_else(|| match () {
+                () if pinned.contains(slot) => Some(self.why_pinned(address)),
+                () if staying.contains(slot) => Some(Stay::Changing),
+                () => blocked.contains(slot).then_some(Stay::Needed),
+            });
+            let index = self.range.index_of(address);
+            let stay = match (why_not(entry, system, want_device), entry.place()) {
+                (None, _) if resting.contains(slot) => Some(Stay::Changing),
+                (None, Place::Device(page)) if !self.may_take(page, &mut devices) => {
+                    Some(Stay::Foreign)
+                }
+                (why, _) => why,
+            };
+            if let Some(stay) = stay {
+                self.pages[index].stay = stay;
                 continue;
             }
             let held = match entry.place() {
-                Place::Device(page) if !self.may_take(page, &mut devices) => continue,
                 Place::Device(_) => Held::OnDevice,
                 _ => Held::Mapped,
             };
             entries[slot] = entry.locked();
-            let index = self.range.index_of(address);
-            self.pages[index] = Page { held, fate: Fate::Restore, entry };
+            let (fate, stay) = (Fate::Restore, Stay::LeftOut);
+            self.pages[index] = Page { held, fate, entry, group: entry.group(), stay };
             self.flight.hold(index);
         }
         Ok(())
@@ -210,6 +224,12 @@ impl<'a> Batch<'a> {
     fn may_take(&self, page: Pfn, devices: &mut LastFound) -> bool {
         self.owner
             .is_none_or(|owner| devices.find(page).is_some_and(|devmem| devmem.owner() == owner))
+    }
+
+    fn why_pinned(&self, page: VirtAddr) -> Stay {
+        let mut own = self.mm.frames.area().contains(page);
+        arena::each_own(|range| own |= range.contains(page));
+        if own { Stay::Library } else { Stay::Pinned }
     }
 
     /// One block of frames for each leaf; without one, the leaf's pages stay.
@@ -227,11 +247,13 @@ impl<'a> Batch<'a> {
             if empty.is_empty() && full.is_empty() {
                 continue;
             }
-            self.blocks[number] = self.mm.frames.borrow(&*self.mm.engine, &empty, &full);
+            let engine = &*self.mm.engine;
+            let huge = empty.is_full() && engine.is_huge(part);
+            self.blocks[number] = self.mm.frames.borrow(engine, &empty, &full, huge);
             for offset in 0..part.pages() {
                 let index = self.range.index_of(part.page_at(offset));
                 match (self.blocks[number], self.pages[index].held) {
-                    (None, held) if held != Held::No => self.release(index),
+                    (None, held) if held != Held::No => self.release(index, Stay::NoMemory),
                     (Some(block), Held::OnDevice) => {
                         let slot = part.page_at(offset).index_in_leaf();
                         self.flight.set_frame(index, block.slot(slot));
@@ -259,7 +281,9 @@ impl<'a> Batch<'a> {
     /// is gone. The layout lock is held for reading.
     pub(super) fn install(&mut self, index: usize, entry: Entry) -> bool {
         self.pages[index].held = Held::No;
-        let Some(address) = self.flight.address(index) else { return false };
+        let address = self.flight.address(index);
+        self.settle_charge(index, address.map(|_| entry));
+        let Some(address) = address else { return false };
         self.flight.let_go(index);
         if let Some(leaf) = self.mm.table.leaf(address) {
             leaf.lock()[address.index_in_leaf()] = entry.unlocked();
@@ -272,7 +296,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Lets go of a page whose contents were not taken: it stays what it was.
-    pub(super) fn release(&mut self, index: usize) {
+    pub(super) fn release(&mut self, index: usize, why: Stay) {
+        self.pages[index].stay = why;
         let _layout = self.mm.engine.layout().hold();
         let entry = self.pages[index].entry;
         let kept = self.install(index, entry);
@@ -298,7 +323,9 @@ impl<'a> Batch<'a> {
                     };
                     MigratePfn::new(device, BASE | MigrateFlags::DEVICE | write)
                 }
-                _ => MigratePfn::default(),
+                (Held::No, ..) => MigratePfn::stays(page.stay),
+                _ if !self.flight.is_in_place(index) => MigratePfn::stays(Stay::Changing),
+                _ => MigratePfn::stays(page.stay),
             };
         }
     }
@@ -306,15 +333,16 @@ impl<'a> Batch<'a> {
     /// After the copy: claims the destinations. From here on `src` tells what moves (promise 62).
     pub(super) fn decide(&mut self, src: &mut [MigratePfn], dst: &[MigratePfn]) {
         let (mut rejected, mut devices) = (0, LastFound::default());
+        let group = self.mm.group_reference();
         let mut list = Buffer::new(dst.len(), |_| Pfn::new(0));
         for index in 0..src.len() {
             if !src[index].migrates() {
                 continue;
             }
-            let fate = self.fate(index, dst[index], &mut devices);
+            let fate = self.fate(index, dst[index], &mut devices, group.id());
             self.pages[index].fate = fate;
             if matches!(fate, Fate::Restore | Fate::Lost) {
-                src[index] = cleared(src[index]);
+                src[index] = src[index].but_stays(self.why_restored(index, dst[index], fate));
                 if let (Some(page), Some(list)) = (dst[index].pfn(), list.as_mut())
                     && page.is_device()
                 {
@@ -326,15 +354,23 @@ impl<'a> Batch<'a> {
         self.rejected = list.filter(|_| rejected > 0);
     }
 
-    fn fate(&self, index: usize, dst: MigratePfn, devices: &mut LastFound) -> Fate {
+    fn fate(
+        &mut self,
+        index: usize,
+        dst: MigratePfn,
+        devices: &mut LastFound,
+        group: GroupId,
+    ) -> Fate {
         let page = self.pages[index];
         if !self.flight.is_in_place(index) {
             return Fate::Restore;
         }
         match dst.pfn() {
             Some(target) if target.is_device() => {
-                let claim = |devmem: &Devmem| self.shares || devmem.claim(target);
-                if devices.find(target).is_some_and(claim) {
+                let shares = self.shares;
+                let mut claim =
+                    || devices.find(target).is_some_and(|devmem| shares || devmem.claim(target));
+                if self.charge(index, group) && claim() {
                     Fate::ToDevice(target)
                 } else {
                     Fate::Restore
@@ -350,6 +386,47 @@ impl<'a> Batch<'a> {
                 Fate::Lost
             }
             _ => Fate::Restore,
+        }
+    }
+
+    /// Charges a page that is about to leave for the first time. False when it stays for want of room in its group: only
+    /// a hole, since what has contents is memory that the process has already.
+    fn charge(&mut self, index: usize, group: GroupId) -> bool {
+        let page = &mut self.pages[index];
+        if page.group.is_some() {
+            return true;
+        }
+        if page.held == Held::Empty && !group.try_charge() {
+            page.stay = Stay::Limit;
+            return false;
+        }
+        if page.held != Held::Empty {
+            group.charge();
+        }
+        page.group = Some(group);
+        true
+    }
+
+    /// The charge follows the page to what its entry will be; without one there, it ends.
+    fn settle_charge(&mut self, index: usize, entry: Option<Entry>) {
+        let page = &mut self.pages[index];
+        let Some(group) = page.group.take() else { return };
+        let was_on_device = page.entry.is_on_device();
+        match entry {
+            Some(entry) if entry.group() == Some(group) => {
+                group.moved(was_on_device, entry.is_on_device());
+            }
+            _ => group.uncharge(was_on_device),
+        }
+    }
+
+    fn why_restored(&self, index: usize, dst: MigratePfn, fate: Fate) -> Stay {
+        match () {
+            () if fate == Fate::Lost => Stay::Lost,
+            () if !self.flight.is_in_place(index) => Stay::Changing,
+            () if dst == MigratePfn::default() => Stay::LeftOut,
+            () if self.pages[index].stay == Stay::Limit => Stay::Limit,
+            () => Stay::BadDestination,
         }
     }
 

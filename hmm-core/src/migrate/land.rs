@@ -57,10 +57,16 @@ impl Batch<'_> {
                     self.land_lost(index);
                 }
                 (held, Fate::Restore) => {
-                    if let (Held::Empty, Some(address)) = (held, self.flight.address(index)) {
-                        mm.engine.give_hole(address);
+                    let mut entry = page.entry;
+                    if held == Held::Empty {
+                        // What it was charged for is gone, and nobody reported it.
+                        entry = Entry::SYSTEM;
+                        self.flight
+                            .address(index)
+                            .into_iter()
+                            .for_each(|at| mm.engine.give_hole(at));
                     }
-                    let kept = self.install(index, page.entry);
+                    let kept = self.install(index, entry);
                     self.count_dropped(index, kept);
                 }
             }
@@ -71,7 +77,7 @@ impl Batch<'_> {
     fn land_on_device(&mut self, index: usize, target: Pfn) {
         let page = self.pages[index];
         let write = page.held != Held::OnDevice || page.entry.is_writable();
-        let kept = self.install(index, Entry::device(target, write));
+        let kept = self.install(index, Entry::device(target, write).charged_to(page.group));
         let came_from_device = page.held == Held::OnDevice;
         let stats = &self.mm.stats;
         if kept {
@@ -211,7 +217,8 @@ impl Batch<'_> {
             Stats::subtract(&self.mm.stats.device_pages, 1);
             Stats::add(&self.mm.stats.migrated_to_system, usize::from(kept));
         }
-        self.install(index, Entry::SYSTEM);
+        let group = self.pages[index].entry.group();
+        self.install(index, Entry::SYSTEM.charged_to(group));
     }
 
     /// No memory for a page that comes home: it stays on its device. Contents that only a frame has can go nowhere:

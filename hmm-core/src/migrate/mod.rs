@@ -12,7 +12,8 @@ mod take;
 
 use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::error::{Error, Result};
-use crate::flags::{MigrateFlags, MigratePfn, Select};
+use crate::flags::{MigratePfn, Select};
+use crate::inject::{self, Point};
 use crate::limits::BATCH_LEAVES;
 use crate::mm::inflight::Flight;
 use crate::mm::{Mm, Vma};
@@ -66,7 +67,8 @@ impl MigrateBatch<'_> {
 
 impl Mm {
     /// Migrates pages of one vma. Never all or nothing: each page moves or stays as it was, and `src` tells which
-    /// moved (`MIGRATE` still set). `Ok` even if none did (promise 58).
+    /// moved (`MIGRATE` still set), and why the others did not ([`MigratePfn::reason`]). `Ok` even if none moved
+    /// (promise 58).
     ///
     /// Runs in the calling thread; the callbacks run in it too, once for each batch (32 MiB) in which at least one
     /// page can migrate. Mirrors are invalidated before contents are copied (promise 73). Call it with no driver lock
@@ -143,7 +145,9 @@ impl Job<'_> {
         batch.describe(src);
         if src.iter().any(|page| page.migrates()) {
             let flight = &*batch.flight.clone();
-            ops.alloc_and_copy(&mut MigrateBatch { mm, vma, range, src: &*src, dst, flight });
+            if inject::fails(Point::Allocate).is_none() {
+                ops.alloc_and_copy(&mut MigrateBatch { mm, vma, range, src: &*src, dst, flight });
+            }
             batch.decide(src, dst);
             ops.finalize_and_map(&MigrateBatch { mm, vma, range, src, dst, flight });
         }
@@ -207,11 +211,6 @@ fn batches(range: AddrRange) -> impl Iterator<Item = AddrRange> {
         next = Some(AddrRange::from_bounds(cut, rest.end().get()));
         Some(AddrRange::from_bounds(rest.start().get(), cut))
     })
-}
-
-/// Clears `MIGRATE` of an entry whose page stays.
-fn cleared(entry: MigratePfn) -> MigratePfn {
-    MigratePfn(entry.0 & !MigrateFlags::MIGRATE.bits())
 }
 
 #[cfg(test)]

@@ -3,12 +3,29 @@
 use super::batch::{Batch, Held};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Present, Stop, VmaKind, Watch};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::flags::Capabilities;
 use crate::limits::{BATCH_LEAVES, DEADLINE};
+use crate::mm::Vma;
 use crate::ops::{InvalidateEvent, Invalidation};
 use crate::page_set::PageSet;
+use crate::stay::Stay;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
+
+/// What taking one run of pages ended in.
+struct Taken {
+    pages: usize,
+    stop: Stop,
+    /// Why the next page stays, where that is known.
+    why: Option<Stay>,
+}
+
+impl Taken {
+    fn none(why: Stay) -> Self {
+        Self { pages: 0, stop: Stop::Refused, why: Some(why) }
+    }
+}
 
 impl Batch<'_> {
     /// Invalidates the mirrors, then empties the pages that the batch holds. Notifiers stay busy until that is done,
@@ -63,7 +80,7 @@ impl Batch<'_> {
         for page in 0..run.pages() {
             let index = self.range.index_of(run.page_at(page));
             if self.pages[index].held == Held::Mapped {
-                self.release(index);
+                self.release(index, Stay::Dropped);
             }
         }
         Ok(run.end())
@@ -86,7 +103,7 @@ impl Batch<'_> {
                 index += 1;
                 continue;
             }
-            let (done, stop) = self.take_run(index, run);
+            let Taken { pages: done, stop, why } = self.take_run(index, run);
             if done > 0 {
                 taken = Some((taken.map_or(index, |(from, _)| from), index + done));
             }
@@ -111,7 +128,8 @@ impl Batch<'_> {
                     if stop == Stop::Busy {
                         busy.insert(self.slot_of(index).1);
                     }
-                    self.release(index);
+                    let why = why.unwrap_or_else(|| self.why_stopped(index, stop));
+                    self.release(index, why);
                     index += 1;
                 }
                 _ => {}
@@ -134,21 +152,51 @@ impl Batch<'_> {
 
     /// One engine call. The watch is renewed under the same hold of the layout lock: a range that was unmapped and
     /// mapped anew is not watched any more.
-    fn take_run(&mut self, index: usize, count: usize) -> (usize, Stop) {
+    fn take_run(&mut self, index: usize, count: usize) -> Taken {
         let _layout = self.mm.engine.layout().hold();
         let count = count.min(self.mapped_run(index, index + count));
-        let Some(frame) = self.frame_of(index).filter(|_| count > 0) else {
-            return (0, Stop::Refused);
-        };
-        let run = self.range.sub(index, count);
-        if self.watch_absence(run).is_err() {
-            return (0, Stop::Refused);
+        if count == 0 {
+            return Taken::none(Stay::Changing);
         }
+        let Some(frame) = self.frame_of(index) else { return Taken::none(Stay::NoMemory) };
+        let run = match self.watch_absence(self.range.sub(index, count)) {
+            Ok(run) => run,
+            Err(Error::Busy { .. }) => return Taken::none(Stay::Watched),
+            Err(Error::NoMemory { .. }) => return Taken::none(Stay::NoMemory),
+            Err(_) => return Taken { pages: 0, stop: Stop::Refused, why: None },
+        };
         let progress = self.mm.engine.take(run, frame);
         for page in index..index + progress.pages {
             self.pages[page].held = Held::Taken;
         }
-        (progress.pages, progress.stop)
+        Taken { pages: progress.pages, stop: progress.stop, why: None }
+    }
+
+    /// Why a page that the engine stopped at stays.
+    fn why_stopped(&self, index: usize, stop: Stop) -> Stay {
+        match stop {
+            Stop::Busy if self.vma.kind == VmaKind::PrivateFile => Stay::File,
+            Stop::Busy => Stay::Busy,
+            Stop::Retry => Stay::Changing,
+            Stop::NoMemory | Stop::Exists => Stay::NoMemory,
+            _ => self.why_refused(index),
+        }
+    }
+
+    /// The mapping may be another one by now.
+    fn why_refused(&self, index: usize) -> Stay {
+        let (engine, page) = (&*self.mm.engine, self.range.page_at(index));
+        let vma = match engine.mapping_at(page) {
+            Ok(Some(mapping)) if mapping.range.contains(page) => {
+                Vma::from_mapping(engine, &mapping)
+            }
+            _ => return Stay::Changing,
+        };
+        match vma.stays() {
+            Some(why) => why,
+            None if engine.is_locked(page) => Stay::Locked,
+            None => Stay::Refused,
+        }
     }
 
     /// What was taken is removed from where it was, unless the engine did so at once. No lock is held: the engine may
@@ -167,7 +215,8 @@ impl Batch<'_> {
             match progress.stop {
                 Stop::Done => {}
                 Stop::Retry if Instant::now() < deadline => self.drain(),
-                _ => {
+                stop => {
+                    self.pages[index].stay = self.why_stopped(index, stop);
                     self.pages[index].held = Held::Returning;
                     index += 1;
                 }
@@ -180,18 +229,32 @@ impl Batch<'_> {
             && self.flight.is_in_place(index)
     }
 
-    fn watch_absence(&self, run: AddrRange) -> Result<()> {
-        let leaf = self.mm.table.leaf(run.start());
+    /// Returns the part of a run, from its start on, whose absence is watched.
+    fn watch_absence(&self, run: AddrRange) -> Result<AddrRange> {
+        // Without events nobody says what became of a watch.
+        let lasts = self.mm.engine.capabilities().contains(Capabilities::EVENTS);
+        let leaf = self.mm.table.leaf(run.start()).filter(|_| lasts);
         if leaf.is_some_and(|leaf| leaf.absence_watched.load(Ordering::Acquire)) {
-            return Ok(());
+            return Ok(run);
         }
         // The whole vma: a registration of a part would cut it, and mremap refuses to move pieces.
         let range = self.vma.range;
-        self.mm.engine.watch(range, Watch::Absence)?;
+        match self.mm.engine.watch(range, Watch::Absence) {
+            // Somebody else watches a piece of it.
+            Err(error @ Error::Busy { .. }) => return self.watch_piece(run).ok_or(error),
+            done => done?,
+        }
         if let Some(leaf) = leaf.filter(|leaf| range.covers(leaf.range())) {
             leaf.absence_watched.store(true, Ordering::Release);
         }
-        Ok(())
+        Ok(run)
+    }
+
+    fn watch_piece(&self, run: AddrRange) -> Option<AddrRange> {
+        let mapping = self.mm.engine.mapping_at(run.start()).ok()??;
+        let piece = mapping.range.intersect(self.vma.range)?;
+        self.mm.engine.watch(piece, Watch::Absence).ok()?;
+        piece.intersect(run).filter(|part| part.start() == run.start())
     }
 
     /// Layout changes wait to be applied: the calling thread does it.

@@ -4,12 +4,14 @@
 //! No allocation from the process's heap, no lock that user code can hold, no logging.
 
 use super::Mm;
+use super::changes::Still;
 use super::page_table::Place;
 use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::devmem::Devmem;
 use crate::engine::{FaultEvent, FaultSink, MapEvent, MapTicket, Progress, Resolution, Stop};
 use crate::error::{Error, Result};
 use crate::flags::FaultFlags;
+use crate::inject::{self, Point};
 use crate::limits::DEADLINE;
 use crate::mm::vma::Vma;
 use crate::ops::{CpuFault, FaultError};
@@ -59,6 +61,7 @@ impl FaultSink for Mm {
     fn must_stay(&self, range: AddrRange) -> bool {
         let mut pinned = false;
         self.pins.within(range, |_| pinned = true);
+        self.changes.within(range, Still::Stay, |_| pinned = true);
         pinned
     }
 
@@ -71,7 +74,7 @@ impl FaultSink for Mm {
 enum Look {
     /// The page is on a device; a reference is held.
     Device(Pfn),
-    /// A migration holds it.
+    /// A migration holds it, or a change of the layout.
     Parked,
     /// Done under the leaf's lock.
     Answered(Resolution),
@@ -83,7 +86,7 @@ impl Mm {
     fn look(&self, fault: FaultEvent) -> Look {
         let layout = self.engine.layout().hold();
         let Some(leaf) = self.table.leaf_or_new(fault.addr) else {
-            return Look::Answered(Resolution::Resolved);
+            return Look::Answered(Resolution::Retry);
         };
         let entries = leaf.lock();
         let entry = entries[fault.addr.index_in_leaf()];
@@ -91,6 +94,7 @@ impl Mm {
             return Look::Parked;
         }
         match entry.place() {
+            Place::Device(_) if self.changes.rests(fault.addr) => Look::Parked,
             Place::Device(page) => {
                 // The entry's own reference keeps the page alive while the lock is held.
                 if Devmem::find(page).is_some_and(|devmem| devmem.get(page)) {
@@ -101,8 +105,8 @@ impl Mm {
                 Look::Answered(Resolution::Resolved)
             }
             Place::Poisoned => {
+                // Not woken here: where the engine sends the signal itself, the touch would get two.
                 self.engine.poison(fault.addr);
-                self.engine.wake(AddrRange::page_of(fault.addr));
                 Look::Answered(Resolution::Lost)
             }
             Place::System => {
@@ -182,6 +186,10 @@ impl Mm {
         flags: FaultFlags,
     ) -> std::result::Result<(), FaultError> {
         let Some(devmem) = Devmem::find(page) else { return Err(FaultError::SigBus) };
+        if inject::fails(Point::Fault).is_some() {
+            devmem.put(page);
+            return Err(FaultError::OutOfMemory);
+        }
         let result = match (self.arc(), self.engine.mapping_at(addr)) {
             (Some(mm), Ok(Some(mapping))) if mapping.range.contains(addr) => {
                 let vma = Vma::from_mapping(&*self.engine, &mapping);
@@ -207,7 +215,10 @@ impl Mm {
         if entry.is_locked() || entry.place() != Place::Device(page) {
             return;
         }
-        *entry = super::page_table::Entry::POISON;
+        let before = std::mem::replace(entry, super::page_table::Entry::POISON);
+        if let Some(group) = before.group() {
+            group.uncharge(true);
+        }
         drop(entries);
         leaf.notify();
         self.stats.poisoned.fetch_add(1, Ordering::Relaxed);
@@ -228,16 +239,23 @@ impl Mm {
 
     /// Every device page of this mm comes home (of one device's window, if one is named).
     pub(crate) fn bring_all_home(&self, only: Option<&Devmem>) -> Result<usize> {
-        let everything = AddrRange::new(0, crate::addr::USER_END)?;
-        self.bring_home_matching(everything, &|page| {
+        self.bring_pages_home(&|page| {
             only.is_none_or(|devmem| devmem.pfn_first() <= page && page < devmem.pfn_last())
         })
     }
 
+    /// The device pages of this mm that are wanted come home.
+    pub(crate) fn bring_pages_home(&self, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
+        let everything = AddrRange::new(0, crate::addr::USER_END)?;
+        self.bring_home_matching(everything, wanted)
+    }
+
+    /// A page that is lost keeps no other one away; the first of them is reported in the end.
     fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
         // A driver brings neighbours too, so they are counted before the first call.
         let leaves = self.table.leaves(range);
         let count = leaves.map(|leaf| self.pages_on_device(leaf, range, wanted)).sum();
+        let mut lost = None;
         for leaf in self.table.leaves(range) {
             for addr in super::layout::pages_of(leaf, range) {
                 // For each page: a slow device that gets further is not stuck.
@@ -248,10 +266,7 @@ impl Mm {
                         Ok(()) => {}
                         Err(FaultError::SigBus) => {
                             self.lose(addr, page);
-                            return Err(Error::Lost {
-                                address: addr,
-                                what: "device cannot return it",
-                            });
+                            lost = lost.or(Some(addr));
                         }
                         Err(FaultError::OutOfMemory) => {
                             std::thread::sleep(Duration::from_millis(1))
@@ -263,6 +278,9 @@ impl Mm {
                     }
                 }
             }
+        }
+        if let Some(address) = lost {
+            return Err(Error::Lost { address, what: "device cannot return it" });
         }
         Ok(count)
     }
@@ -289,7 +307,7 @@ impl Mm {
         let mut entries = leaf.lock();
         loop {
             let entry = entries[addr.index_in_leaf()];
-            if !entry.is_locked() {
+            if !entry.is_locked() && !self.changes.rests(addr) {
                 let Place::Device(page) = entry.place() else { return Ok(None) };
                 let found = wanted(page) && Devmem::find(page).is_some_and(|one| one.get(page));
                 return Ok(found.then_some(page));

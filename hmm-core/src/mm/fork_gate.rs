@@ -31,6 +31,8 @@ pub(super) struct ForkGate {
     number: AtomicU32,
     /// The child could read zeros for data.
     has_holes: AtomicBool,
+    /// A fork was seen: private pages may be shared with a child until they are written.
+    has_forked: AtomicBool,
 }
 
 impl ForkGate {
@@ -51,6 +53,11 @@ impl Mm {
     /// Whether nothing may leave for a device now.
     pub(crate) fn is_forking(&self) -> bool {
         *self.gate.closed.lock()
+    }
+
+    /// Whether private pages may be shared with a parent or a child, and become this process's own by a write alone.
+    pub(crate) fn may_share_pages(&self) -> bool {
+        self.generation > 0 || self.gate.has_forked.load(Ordering::Acquire)
     }
 
     /// Waits until no fork is under way. A service thread, and a migration inside another one's callback, must not

@@ -4,11 +4,15 @@
 //! The area is cut into blocks of 2 MiB. A migration borrows one block for each leaf it touches and uses slot `i` for
 //! the leaf's page `i`, so that whole huge pages stay aligned on both sides. A slot is *populated* (it has a page) or
 //! empty; taking pages out of a vma needs empty slots, giving pages needs populated ones.
+//!
+//! A huge page stays one only if the kernel has no page table at its new place: not even an empty one, which small pages
+//! leave behind. Blocks that are *whole* have none, or one huge page; they are kept for huge pages.
 
 use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, PAGE_SIZE, VirtAddr};
-use crate::engine::Engine;
+use crate::engine::{Engine, Present};
 use crate::error::Result;
-use crate::limits::{FRAME_BLOCKS, IDLE_BLOCKS, RESTING_BLOCKS};
+use crate::inject::{self, Point};
+use crate::limits::{FRAME_BLOCKS, IDLE_BLOCKS, MOVE_MINIMUM, RESTING_BLOCKS};
 use crate::page_set::PageSet;
 use crate::sync::Mutex;
 
@@ -31,6 +35,7 @@ impl Block {
 #[derive(Debug)]
 struct Pool {
     populated: [PageSet; FRAME_BLOCKS],
+    whole: [bool; FRAME_BLOCKS],
     /// Blocks that nobody borrows, most recently used last.
     idle: [u16; FRAME_BLOCKS],
     idle_count: usize,
@@ -48,15 +53,17 @@ pub(crate) struct Frames {
 }
 
 impl Pool {
-    /// Position in `idle` of the best block: no slot of `empty` populated, fewest slots of `full` to fill.
-    fn best(&self, empty: &PageSet, full: &PageSet) -> Option<usize> {
+    /// Position in `idle` of the best block: no slot of `empty` populated, fewest slots of `full` to fill; and whole or
+    /// not, as is wanted.
+    fn best(&self, empty: &PageSet, full: &PageSet, whole: bool) -> Option<usize> {
         let mut best = None;
         for at in (0..self.idle_count).rev() {
-            let populated = &self.populated[usize::from(self.idle[at])];
+            let number = usize::from(self.idle[at]);
+            let populated = &self.populated[number];
             if populated.overlaps(empty) {
                 continue;
             }
-            let cost = populated.missing(full);
+            let cost = 2 * populated.missing(full) + u32::from(self.whole[number] != whole);
             if cost == 0 {
                 return Some(at);
             }
@@ -105,6 +112,7 @@ impl Frames {
         let area = engine.reserve_frames(FRAME_BLOCKS as u64 * LEAF_SIZE)?;
         let pool = Pool {
             populated: [PageSet::default(); FRAME_BLOCKS],
+            whole: [true; FRAME_BLOCKS],
             idle: [0; FRAME_BLOCKS],
             idle_count: 0,
             untouched: 0,
@@ -121,16 +129,31 @@ impl Frames {
         self.area.sub(usize::from(number) * LEAF_PAGES, LEAF_PAGES)
     }
 
-    /// Borrows a block in which the slots of `empty` are empty and those of `full` are populated.
+    /// Frames that have a page now, borrowed or idle.
+    pub(crate) fn resident(&self, engine: &dyn Engine) -> Result<u64> {
+        let used = usize::from(self.pool.lock().untouched);
+        let mut count = 0;
+        if used > 0 {
+            engine.scan(self.area.sub(0, used * LEAF_PAGES), &mut |run, present| {
+                count += if present == Present::Page { run.pages() as u64 } else { 0 };
+            })?;
+        }
+        Ok(count)
+    }
+
+    /// Borrows a block in which the slots of `empty` are empty and those of `full` are populated. With `huge`, the empty
+    /// ones are for a huge page.
     pub(crate) fn borrow(
         &self,
         engine: &dyn Engine,
         empty: &PageSet,
         full: &PageSet,
+        huge: bool,
     ) -> Option<Block> {
+        inject::checked(Point::Frames).ok()?;
         let mut pool = self.pool.lock();
         pool.used = true;
-        let number = match pool.best(empty, full) {
+        let number = match pool.best(empty, full, huge || full.is_full()) {
             Some(at) => pool.remove(at),
             None => match pool.fresh() {
                 Some(number) => number,
@@ -142,12 +165,23 @@ impl Frames {
                     drop(pool);
                     engine.empty_frames(self.block(number));
                     pool = self.pool.lock();
+                    pool.whole[usize::from(number)] = true;
                     number
                 }
             },
         };
         let populated = pool.populated[usize::from(number)];
+        let was_whole = pool.whole[usize::from(number)];
+        // A single page is copied out of a huge one.
+        let keeps = populated.missing(full) == 0 && empty.is_empty() && full.count() < MOVE_MINIMUM;
+        let frees = huge && !was_whole && !engine.is_service_thread();
+        let stays = was_whole && (keeps || full.is_full() && populated.is_full());
+        pool.whole[usize::from(number)] = stays || huge && (was_whole || frees);
         drop(pool);
+        if frees {
+            // It has no page, but a page table.
+            engine.empty_frames(self.block(number));
+        }
         let mut block = Block { number, base: self.block(number).start(), populated };
         if fill(engine, &mut block, full) {
             return Some(block);
@@ -167,6 +201,7 @@ impl Frames {
             drop(pool);
             engine.empty_frames(self.block(number));
             pool = self.pool.lock();
+            pool.whole[usize::from(number)] = true;
             pool.push(number);
         }
     }
@@ -175,6 +210,8 @@ impl Frames {
     pub(crate) fn give_back(&self, engine: &dyn Engine, block: &Block) {
         let mut pool = self.pool.lock();
         pool.populated[usize::from(block.number)] = block.populated;
+        pool.whole[usize::from(block.number)] &=
+            block.populated.is_empty() || block.populated.is_full();
         pool.push(block.number);
         if engine.is_service_thread() {
             // It reads the events that freeing raises; the next ordinary thread does it.
@@ -185,6 +222,7 @@ impl Frames {
             drop(pool);
             engine.empty_frames(self.block(number));
             pool = self.pool.lock();
+            pool.whole[usize::from(number)] = true;
             pool.push(number);
         }
     }

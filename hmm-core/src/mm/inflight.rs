@@ -8,6 +8,7 @@ use super::page_table::{Entry, Place};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::{Buffer, Shared};
 use crate::limits::MIGRATIONS;
+use crate::stay::Stay;
 use crate::sync::{Condvar, Mutex};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -216,12 +217,14 @@ impl fmt::Debug for InFlight {
     }
 }
 
-/// What a migration may do with a page, seen under its leaf's lock.
-pub(crate) fn is_candidate(entry: Entry, want_system: bool, want_device: bool) -> bool {
-    !entry.is_locked()
-        && match entry.place() {
-            Place::System => want_system,
-            Place::Device(_) => want_device,
-            Place::Poisoned => false,
-        }
+/// Why a migration may not take a page, seen under its leaf's lock; `system` says it of pages at home.
+pub(crate) fn why_not(entry: Entry, system: Option<Stay>, want_device: bool) -> Option<Stay> {
+    if entry.is_locked() {
+        return Some(Stay::Migrating);
+    }
+    match entry.place() {
+        Place::System => system,
+        Place::Device(_) => (!want_device).then_some(Stay::NotSelected),
+        Place::Poisoned => Some(Stay::Poisoned),
+    }
 }

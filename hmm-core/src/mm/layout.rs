@@ -156,19 +156,22 @@ impl Mm {
         let (first, second) = match event {
             MapEvent::Unmap(range) => {
                 self.forget(range, true, &mut doomed);
-                (self.begin(range, InvalidateEvent::Unmap), None)
+                (self.begin_event(range, InvalidateEvent::Unmap), None)
             }
             MapEvent::Remove(range) => {
-                self.removed.insert(range);
+                // What was announced is over when nothing keeps the range still any more.
+                if !self.changes.covers(range) {
+                    self.removed.insert(range);
+                }
                 self.forget(range, false, &mut doomed);
-                (self.begin(range, InvalidateEvent::Clear), None)
+                (self.begin_event(range, InvalidateEvent::Clear), None)
             }
             MapEvent::Remap { from, to } => {
                 let target = AddrRange::from_bounds(to.get(), to.get() + from.len());
                 self.move_entries(from, to, &mut doomed);
                 (
-                    self.begin(from, InvalidateEvent::Unmap),
-                    Some(self.begin(target, InvalidateEvent::Unmap)),
+                    self.begin_event(from, InvalidateEvent::Unmap),
+                    Some(self.begin_event(target, InvalidateEvent::Unmap)),
                 )
             }
         };
@@ -202,9 +205,14 @@ impl Mm {
         invalidating.into_iter().flatten().for_each(|one| self.notifiers.end(one));
     }
 
-    fn begin(&self, range: AddrRange, event: InvalidateEvent) -> Invalidating {
+    fn begin_event(&self, range: AddrRange, event: InvalidateEvent) -> Invalidating {
+        self.begin(Invalidation { range, event, owner: None })
+    }
+
+    /// Counted, and begun.
+    pub(super) fn begin(&self, update: Invalidation) -> Invalidating {
         self.stats.invalidations.fetch_add(1, Ordering::Relaxed);
-        self.notifiers.begin(Invalidation { range, event, owner: None })
+        self.notifiers.begin(update)
     }
 
     /// The pages of a range are gone; so is its registration when it was unmapped.
@@ -216,13 +224,7 @@ impl Mm {
             }
             let mut entries = leaf.lock();
             for entry in pages_of(leaf, range).map(|page| page.index_in_leaf()) {
-                // A locked page's contents belong to its migration, which was told above.
-                if let (false, Place::Device(page)) =
-                    (entries[entry].is_locked(), entries[entry].place())
-                {
-                    doomed.push(page);
-                }
-                entries[entry] = Entry::SYSTEM;
+                forget_entry(std::mem::take(&mut entries[entry]), doomed);
             }
             drop(entries);
             leaf.notify();
@@ -246,11 +248,27 @@ impl Mm {
                 match self.table.leaf_or_new(new_place) {
                     Some(leaf) => leaf.lock()[new_place.index_in_leaf()] = entry,
                     // Without memory for a leaf the page cannot be found again: SIGBUS, never zeros.
-                    None => _ = self.engine.poison(new_place),
+                    None => {
+                        self.engine.poison(new_place);
+                        forget_entry(entry, doomed);
+                    }
                 }
             }
             leaf.notify();
         }
+    }
+}
+
+/// The page of an entry is gone, and its charge with it. What a migration holds belongs to that, which was told.
+fn forget_entry(entry: Entry, doomed: &mut DoomedPages) {
+    if entry.is_locked() {
+        return;
+    }
+    if let Some(group) = entry.group() {
+        group.uncharge(entry.is_on_device());
+    }
+    if let Place::Device(page) = entry.place() {
+        doomed.push(page);
     }
 }
 

@@ -1,6 +1,8 @@
 //! One address space: the engine, the page table, the notifiers, the frames, and the counters.
 
 mod access;
+pub(crate) mod changes;
+mod charges;
 mod faults;
 mod fork_gate;
 mod fork_mode;
@@ -10,6 +12,7 @@ mod inline;
 mod layout;
 pub(crate) mod page_table;
 mod pins;
+mod rss;
 pub(crate) mod vma;
 
 pub use access::Residency;
@@ -18,6 +21,7 @@ pub use fork_mode::ForkMode;
 pub(crate) use fork_mode::put;
 pub use vma::{MmapLock, Vma};
 
+use crate::account::GroupRef;
 use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
 use crate::arena::{self, Shared};
 use crate::engine::{Engine, FaultSink};
@@ -27,7 +31,8 @@ use crate::limits::DEADLINE;
 use crate::notifier::{Notifiers, Subscription};
 use crate::ops::{InvalidateEvent, Invalidation, NotifierOps};
 use crate::stats::{Counters, Stats};
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard, this_thread};
+use changes::Changes;
 use fork_gate::ForkGate;
 use frames::Frames;
 use inflight::InFlight;
@@ -57,7 +62,12 @@ pub struct Mm {
     pub(crate) pins: Pins,
     pub(crate) tickets: Tickets,
     pub(crate) removed: RecentlyRemoved,
+    pub(crate) changes: Changes,
+    /// Changes of the layout are announced.
+    ordered: AtomicBool,
     pub(crate) stats: Stats,
+    /// Where pages that leave are charged.
+    group: Mutex<GroupRef>,
     lock: MmapLock,
     closing: AtomicBool,
     closed: AtomicBool,
@@ -88,7 +98,10 @@ impl Mm {
             pins,
             tickets: Tickets::new(),
             removed: RecentlyRemoved::new(),
+            changes: Changes::new(),
+            ordered: AtomicBool::new(false),
             stats: Stats::default(),
+            group: Mutex::new(GroupRef::root()),
             lock: MmapLock::default(),
             closing: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -155,14 +168,32 @@ impl Mm {
         self.check_open()
     }
 
+    /// Whether the calling thread must not wait for pages: it answers faults, or is inside a driver's callback.
+    pub(crate) fn is_in_callback(&self) -> bool {
+        self.engine.is_service_thread()
+            || self.notifiers.in_callback()
+            || self.inflight.count_of_thread(this_thread()) > 0
+    }
+
     /// The engine's name, for people: `"uffd"`, `"model"`.
     pub fn engine_name(&self) -> &'static str {
         self.engine.name()
     }
 
-    /// What the engine can do.
+    /// What the engine can do, and whether the program announces changes of its layout.
     pub fn capabilities(&self) -> Capabilities {
-        self.engine.capabilities()
+        let mut capabilities = self.engine.capabilities();
+        capabilities.set(Capabilities::ORDERED, self.is_ordered());
+        capabilities
+    }
+
+    pub(crate) fn is_ordered(&self) -> bool {
+        self.ordered.load(Ordering::Acquire)
+    }
+
+    /// From now on the program announces changes of its layout.
+    pub(crate) fn set_ordered(&self) {
+        self.ordered.store(true, Ordering::Release);
     }
 
     /// What was counted so far.
@@ -264,6 +295,7 @@ impl Mm {
         self.empty_all_devices()?;
         self.closed.store(true, Ordering::Release);
         self.engine.stop();
+        self.drop_charges();
         OPEN.lock().retain(|one| !Weak::ptr_eq(one, &self.me));
         Ok(())
     }
@@ -347,6 +379,7 @@ impl Drop for Mm {
         arena::forget_object(&*self.engine);
         if !self.is_inherited() {
             self.engine.stop();
+            self.drop_charges();
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! A page with no entry is a system page: the kernel has it, or it is a hole. Leaves of 512 entries have a lock each.
 
+use crate::account::GroupId;
 use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, Pfn, VirtAddr};
 use crate::page_set::PageSet;
 use crate::sparse::SparseTable;
@@ -24,7 +25,7 @@ pub(crate) enum Place {
     Poisoned,
 }
 
-/// One entry: a place, whether the page was writable, and whether a migration holds it.
+/// One entry: a place, whether the page was writable, whether a migration holds it, and the group it is charged to.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Entry(u64);
 
@@ -35,6 +36,8 @@ impl Entry {
     const LOCKED: u64 = 1 << 3;
     const WRITE: u64 = 1 << 4;
     const PFN_SHIFT: u32 = 8;
+    const GROUP_SHIFT: u32 = 48;
+    const PFN_MASK: u64 = (1 << Self::GROUP_SHIFT) - 1;
 
     pub(crate) const SYSTEM: Self = Self(0);
     pub(crate) const POISON: Self = Self(Self::POISONED);
@@ -44,10 +47,25 @@ impl Entry {
     }
     pub(crate) fn place(self) -> Place {
         match self.0 & Self::KIND {
-            Self::DEVICE => Place::Device(Pfn::new(self.0 >> Self::PFN_SHIFT)),
+            Self::DEVICE => Place::Device(Pfn::new((self.0 & Self::PFN_MASK) >> Self::PFN_SHIFT)),
             Self::POISONED => Place::Poisoned,
             _ => Place::System,
         }
+    }
+    /// A page of the kernel's that nothing is known of but perhaps its charge.
+    pub(crate) fn is_ordinary(self) -> bool {
+        self.0 & (Self::KIND | Self::LOCKED) == 0
+    }
+    pub(crate) fn is_on_device(self) -> bool {
+        self.0 & Self::KIND == Self::DEVICE
+    }
+    /// The group that the page is charged to; `None`: it never left, or was lost.
+    pub(crate) fn group(self) -> Option<GroupId> {
+        GroupId::from_bits((self.0 >> Self::GROUP_SHIFT) as u16)
+    }
+    pub(crate) fn charged_to(self, group: Option<GroupId>) -> Self {
+        let bits = group.map_or(0, |group| u64::from(group.bits()));
+        Self((self.0 & Self::PFN_MASK) | (bits << Self::GROUP_SHIFT))
     }
     pub(crate) fn is_locked(self) -> bool {
         self.0 & Self::LOCKED != 0
@@ -131,7 +149,7 @@ impl Leaf {
         let last = self.next_hole.load(Ordering::Relaxed);
         let (expected, filled) = ((last >> 16) as usize, (last & 0xffff) as usize);
         let wanted = if expected == index && filled > 0 { (2 * filled).min(FILL_LIMIT) } else { 1 };
-        let is_hole = |entry: &&Entry| **entry == Entry::SYSTEM;
+        let is_hole = |entry: &&Entry| entry.is_ordinary();
         let count = entries[index..].iter().take(wanted).take_while(is_hole).count().max(1);
         self.next_hole.store(((index + count) << 16 | count) as u32, Ordering::Relaxed);
         count
@@ -213,5 +231,11 @@ mod tests {
         assert!(entry.is_locked() && entry.is_writable());
         assert_eq!(entry.unlocked().place(), Place::Device(page));
         assert_eq!(entry.unlocked(), Entry::device(page, true));
+        let group = GroupId::from_bits(u16::MAX);
+        let charged = entry.charged_to(group);
+        assert_eq!((charged.place(), charged.group()), (Place::Device(page), group));
+        assert!(charged.is_locked() && charged.is_writable() && charged.is_on_device());
+        assert_eq!(charged.charged_to(None), entry);
+        assert!(Entry::SYSTEM.charged_to(group).is_ordinary() && !charged.is_ordinary());
     }
 }

@@ -5,6 +5,7 @@ use crate::engine::{Engine, Mapping, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::{Capabilities, Protection};
 use crate::limits::DEADLINE;
+use crate::stay::Stay;
 use crate::sync::{Condvar, Mutex};
 use std::time::Instant;
 
@@ -36,6 +37,19 @@ impl Vma {
             _ => false,
         };
         Self { range, protection, kind, moves }
+    }
+
+    /// Why none of its pages migrates; `None` when they can.
+    pub fn stays(&self) -> Option<Stay> {
+        match self.kind {
+            VmaKind::Shared => Some(Stay::Shared),
+            VmaKind::SharedFile => Some(Stay::SharedFile),
+            VmaKind::Huge => Some(Stay::Huge),
+            VmaKind::Special => Some(Stay::Special),
+            VmaKind::PrivateFile if !self.moves => Some(Stay::File),
+            _ if !self.can_migrate() => Some(Stay::Protection),
+            _ => None,
+        }
     }
 
     /// Whether pages of it can migrate: private writable memory, which is anonymous, or a file's where the engine has

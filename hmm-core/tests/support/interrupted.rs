@@ -2,7 +2,9 @@
 
 use super::device::{Interruption, happen};
 use hmm_core::engine::model::ModelEngine;
-use hmm_core::engine::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Watch};
+use hmm_core::engine::{
+    Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Watch,
+};
 use hmm_core::{AddrRange, Capabilities, Result, VirtAddr};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -78,6 +80,9 @@ impl Engine for InterruptedEngine {
     }
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()> {
         self.model().scan(range, report)
+    }
+    fn rss(&self) -> Result<Rss> {
+        self.model.rss()
     }
     fn populate(&self, range: AddrRange, write: bool) -> Result<()> {
         self.model().populate(range, write)

@@ -26,7 +26,17 @@ import atexit as _atexit
 from typing import TYPE_CHECKING
 
 from . import _native
-from ._native import PAGE_SIZE, Error, Guard, Mm, Pin, SoftDevice, current
+from ._native import (
+    PAGE_SIZE,
+    Error,
+    Guard,
+    MemoryGroup,
+    Mm,
+    Pin,
+    SoftDevice,
+    current,
+    stay_reasons,
+)
 from ._residency import MAP_LEGEND, Residency
 from ._residency import draw as _draw
 
@@ -38,6 +48,7 @@ __all__ = [
     "PAGE_SIZE",
     "Error",
     "Guard",
+    "MemoryGroup",
     "Mm",
     "Pin",
     "Residency",
@@ -49,6 +60,8 @@ __all__ = [
     "pin",
     "residency",
     "residency_map",
+    "rss",
+    "stay_reasons",
     "unpin",
 ]
 
@@ -61,6 +74,11 @@ _atexit.register(_native.close_all)
 def counters() -> dict[str, int]:
     """The counters of this process's mm (see `Mm.counters`)."""
     return current().counters()
+
+
+def rss() -> dict[str, int]:
+    """Resident memory of this process by kind, wherever it is (see `Mm.rss`)."""
+    return current().rss()
 
 
 def residency(memory: "_Memory") -> bytes:

@@ -16,18 +16,21 @@ use hmm_core::{
 };
 use hmm_tests::Region;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What a test lets a callback do.
 pub(crate) type Hook = Arc<dyn Fn() + Send + Sync>;
+
+/// The same, for a page.
+pub(crate) type PageHook = Arc<dyn Fn(Pfn) + Send + Sync>;
 
 /// What the callbacks use.
 pub(crate) struct Driver {
     memory: Region,
     /// Indices of free pages.
     free: Mutex<Vec<usize>>,
-    first: OnceLock<Pfn>,
+    first: Mutex<Option<Pfn>>,
     pub(crate) owner: OwnerId,
     /// Calls of `fault`.
     pub(crate) faults: AtomicUsize,
@@ -37,6 +40,12 @@ pub(crate) struct Driver {
     pub(crate) double_frees: AtomicUsize,
     /// `fault` says that the data is lost, for this page of the address space.
     pub(crate) lost: Mutex<Option<u64>>,
+    /// `fault` says that the data is lost, for every page.
+    pub(crate) dead: AtomicBool,
+    /// So often will `fault` say that there is no memory.
+    pub(crate) short_of_memory: AtomicUsize,
+    /// Copying this page of the address space home fails.
+    pub(crate) broken: Mutex<Option<u64>>,
     /// `alloc_and_copy` names no destination.
     pub(crate) refuses: AtomicBool,
     /// `fault` may run in the thread that touched the page, in a signal handler.
@@ -49,6 +58,8 @@ pub(crate) struct Driver {
     pub(crate) on_fault: Mutex<Option<Hook>>,
     /// Runs in `alloc_and_copy`, after the copy.
     pub(crate) on_copy: Mutex<Option<Hook>>,
+    /// Runs in `free`, before the page is free.
+    pub(crate) on_free: Mutex<Option<PageHook>>,
 }
 
 /// A device with memory of its own.
@@ -68,23 +79,51 @@ fn run(hook: &Mutex<Option<Hook>>) {
 impl Driver {
     /// Where the device has a page.
     pub(crate) fn frame(&self, page: Pfn) -> *mut u8 {
-        let index = page.get() - self.first.get().unwrap().get();
+        let index = page.get() - self.first.lock().unwrap().unwrap().get();
         std::ptr::with_exposed_provenance_mut(self.memory.page_addr(index as usize) as usize)
     }
 
     fn allocate(&self) -> Option<Pfn> {
         let index = self.free.lock().unwrap().pop()?;
-        Some(Pfn::new(self.first.get()?.get() + index as u64))
+        let first = (*self.first.lock().unwrap())?;
+        Some(Pfn::new(first.get() + index as u64))
     }
 
     pub(crate) fn free_pages(&self) -> usize {
         self.free.lock().unwrap().len()
+    }
+
+    /// Copies a page that migrates, to the device or from it; returns where.
+    pub(crate) fn destination(&self, batch: &mut MigrateBatch<'_>, index: usize) -> MigratePfn {
+        let src = batch.src[index];
+        let nothing = MigratePfn::default();
+        if src.flags().contains(MigrateFlags::DEVICE) {
+            if *self.broken.lock().unwrap() == Some(batch.range.page_at(index).get()) {
+                return MigratePfn::bare(MigrateFlags::ERROR);
+            }
+            let Some(to) = batch.alloc_system_page(batch.range.page_at(index)) else {
+                return nothing;
+            };
+            copy(self.frame(src.pfn().unwrap()), to.to_addr().unwrap().as_ptr());
+            return MigratePfn::new(to, MigrateFlags::LOCKED);
+        }
+        let Some(page) = self.allocate() else { return nothing };
+        match src.pfn().and_then(Pfn::to_addr) {
+            Some(frame) => copy(frame.as_ptr(), self.frame(page)),
+            // SAFETY: the page was free, so nobody else uses it.
+            None => unsafe { self.frame(page).write_bytes(0, PAGE_SIZE) },
+        }
+        MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE)
     }
 }
 
 impl DevmemOps for Driver {
     fn free(&self, devmem: &Devmem, page: Pfn) {
         self.frees.fetch_add(1, Ordering::SeqCst);
+        let hook = self.on_free.lock().unwrap().clone();
+        if let Some(hook) = hook {
+            hook(page);
+        }
         let index = (page.get() - devmem.pfn_first().get()) as usize;
         let mut free = self.free.lock().unwrap();
         if free.contains(&index) {
@@ -100,8 +139,14 @@ impl DevmemOps for Driver {
         self.writes.fetch_add(usize::from(is_write), Ordering::SeqCst);
         self.answered_by.store(thread_id(), Ordering::SeqCst);
         run(&self.on_fault);
-        if *self.lost.lock().unwrap() == Some(fault.addr.get()) {
+        let is_lost = *self.lost.lock().unwrap() == Some(fault.addr.get());
+        if is_lost || self.dead.load(Ordering::SeqCst) {
             return Err(FaultError::SigBus);
+        }
+        let one_less = |count: usize| count.checked_sub(1);
+        let short = &self.short_of_memory;
+        if short.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok() {
+            return Err(FaultError::OutOfMemory);
         }
         let (mut src, mut dst) = ([MigratePfn::default()], [MigratePfn::default()]);
         let request = MigrateRequest {
@@ -132,27 +177,6 @@ struct Copier<'a> {
     moved: usize,
 }
 
-impl Copier<'_> {
-    fn destination(&self, batch: &mut MigrateBatch<'_>, index: usize) -> MigratePfn {
-        let src = batch.src[index];
-        let nothing = MigratePfn::default();
-        if src.flags().contains(MigrateFlags::DEVICE) {
-            let Some(to) = batch.alloc_system_page(batch.range.page_at(index)) else {
-                return nothing;
-            };
-            copy(self.driver.frame(src.pfn().unwrap()), to.to_addr().unwrap().as_ptr());
-            return MigratePfn::new(to, MigrateFlags::LOCKED);
-        }
-        let Some(page) = self.driver.allocate() else { return nothing };
-        match src.pfn().and_then(Pfn::to_addr) {
-            Some(frame) => copy(frame.as_ptr(), self.driver.frame(page)),
-            // SAFETY: the page was free, so nobody else uses it.
-            None => unsafe { self.driver.frame(page).write_bytes(0, PAGE_SIZE) },
-        }
-        MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE)
-    }
-}
-
 fn copy(from: *const u8, to: *mut u8) {
     // SAFETY: both are whole pages that belong to the running migration alone.
     unsafe { std::ptr::copy_nonoverlapping(from, to, PAGE_SIZE) }
@@ -163,7 +187,7 @@ impl MigrateOps for Copier<'_> {
         if !self.driver.refuses.load(Ordering::SeqCst) {
             for index in 0..batch.src.len() {
                 if batch.src[index].migrates() {
-                    batch.dst[index] = self.destination(batch, index);
+                    batch.dst[index] = self.driver.destination(batch, index);
                 }
             }
         }
@@ -184,22 +208,39 @@ impl Card {
         let driver = Arc::new(Driver {
             memory,
             free: Mutex::new((0..pages).rev().collect()),
-            first: OnceLock::new(),
+            first: Mutex::new(None),
             owner,
             faults: AtomicUsize::new(0),
             frees: AtomicUsize::new(0),
             double_frees: AtomicUsize::new(0),
             lost: Mutex::new(None),
+            dead: AtomicBool::new(false),
+            short_of_memory: AtomicUsize::new(0),
+            broken: Mutex::new(None),
             refuses: AtomicBool::new(false),
             signal_safe: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
             answered_by: AtomicI32::new(0),
             on_fault: Mutex::new(None),
             on_copy: Mutex::new(None),
+            on_free: Mutex::new(None),
         });
         let devmem = Devmem::add(driver.clone(), owner, pages).unwrap();
-        driver.first.set(devmem.pfn_first()).unwrap();
+        *driver.first.lock().unwrap() = Some(devmem.pfn_first());
         Self { mm: Arc::clone(mm), driver, devmem }
+    }
+
+    /// The same driver with other callbacks in front, which pass on to it; its first device memory is never used.
+    pub(crate) fn with_ops(&self, ops: Arc<dyn DevmemOps>) -> Self {
+        let devmem = Devmem::add(ops, self.driver.owner, self.devmem.len()).unwrap();
+        *self.driver.first.lock().unwrap() = Some(devmem.pfn_first());
+        Self { mm: Arc::clone(&self.mm), driver: Arc::clone(&self.driver), devmem }
+    }
+
+    /// The device's memory never becomes inaccessible with pages beside it, as it may where mappings are short.
+    pub(crate) fn pinned(self) -> Self {
+        self.mm.pin_range(self.driver.memory.range()).unwrap();
+        self
     }
 
     /// Lets `hook` run in `fault` from now on.
@@ -228,6 +269,15 @@ impl Card {
             std::thread::sleep(Duration::from_millis(1));
         }
         settled()
+    }
+
+    /// As [`Card::settles_at`], where other devices have pages, too.
+    pub(crate) fn settles_at_own(&self, pages: usize) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.devmem.in_use() != pages && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.devmem.in_use() == pages
     }
 
     /// As [`Card::to_device`], with lists of the caller's.
@@ -273,6 +323,36 @@ impl Card {
     /// Moves this device's pages of a range home; returns how many.
     pub(crate) fn to_system(&self, range: AddrRange) -> Result<usize, Error> {
         self.migrate(range, Select::DEVICE)
+    }
+}
+
+impl Drop for Card {
+    /// After every test that migrates: the sums agree.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        match self.mm.check_accounts() {
+            Ok(()) | Err(Error::Gone { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Sends pages away, however long it takes on a busy machine.
+pub(crate) fn away(card: &Card, range: AddrRange) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while card.all_to_device(range) < range.pages() {
+        assert!(Instant::now() < deadline, "some pages of {range:?} do not leave");
+    }
+}
+
+/// Brings pages home, however long it takes.
+pub(crate) fn home(card: &Card, range: AddrRange) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while on_device(&card.mm, range) > 0 {
+        card.to_system(range).unwrap();
+        assert!(Instant::now() < deadline, "some pages of {range:?} do not come home");
     }
 }
 

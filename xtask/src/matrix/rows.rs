@@ -149,11 +149,13 @@ pub(crate) const ROWS: &[Row] = &[
 /// Variables that would choose for every row; they are removed before a row sets its own.
 pub(crate) const CHOOSERS: &[&str] = &["HMM_ENGINE", "HMM_UFFD_DISABLE"];
 
-/// Rust tests that no environment can change, by the beginning of their names: they run on the model engine, or are
-/// about this repository.
+/// Tests that do not run here, by the beginning of their names: they run on the model engine, or are about this
+/// repository, or are the promises', which `cargo xtask promises` runs on each engine.
 pub(crate) const ELSEWHERE: &[&str] = &[
     "xtask ",
     "tests confine ",
+    "tests promises ",
+    "tests/c/promises",
     "hmm-core model_",
     "soft model ",
     "hmm-core hmm_core engine::model",

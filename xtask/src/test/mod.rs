@@ -9,6 +9,7 @@ pub(crate) mod suites;
 pub(crate) mod surroundings;
 pub(crate) mod tally;
 
+use crate::promises;
 use runner::Runner;
 use std::time::{Duration, Instant};
 
@@ -87,7 +88,9 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
     let (rust, examples) = (options.wants("rust"), options.wants("examples"));
     if rust || examples {
         let programs = rust_tests::build(options.package.as_deref(), options.release)?;
-        let is_wanted = |name: &str| name.contains(&options.filter);
+        // Unless they are named: `promises` runs them on every engine.
+        let is_elsewhere = |name: &str| options.filter.is_empty() && promises::is_promise(name);
+        let is_wanted = |name: &str| name.contains(&options.filter) && !is_elsewhere(name);
         for program in programs.iter().filter(|program| rust && program.is_test) {
             runner.run_program(program, is_wanted, |name| options.limit_of(name))?;
         }

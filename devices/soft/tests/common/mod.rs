@@ -6,6 +6,7 @@
 use hmm_core::{AddrRange, Capabilities, Mm, PAGE_SIZE, PresentGuard, Residency};
 use hmm_soft::{Kernel, Policy, SoftConfig, SoftDevice};
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::ptr;
@@ -145,7 +146,12 @@ impl Region {
         const OWN: u64 = 1 << 56 | 1 << 61;
         let mut entries = vec![0_u8; 8 * self.pages()];
         let offset = 8 * (self.address() / PAGE_SIZE as u64);
-        File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, offset).unwrap();
+        let Ok(pagemap) = File::open("/proc/self/pagemap") else {
+            // The runner reads the line; what follows could show nothing.
+            let _ = std::io::stderr().write_all(b"skipped: there is no /proc/self/pagemap\n");
+            std::process::exit(0);
+        };
+        pagemap.read_exact_at(&mut entries, offset).unwrap();
         let entries = entries.as_chunks::<8>().0.iter().map(|entry| u64::from_ne_bytes(*entry));
         entries.filter(|entry| entry & PRESENT != 0 && entry & OWN != 0).count()
     }

@@ -10,6 +10,7 @@ use std::ffi::c_void;
 pub(super) const PAGE_IS_PRESENT: u64 = 1 << 3;
 pub(super) const PAGE_IS_SWAPPED: u64 = 1 << 4;
 pub(super) const PAGE_IS_PFNZERO: u64 = 1 << 5;
+pub(super) const PAGE_IS_HUGE: u64 = 1 << 6;
 
 pub(super) const VMA_READABLE: u64 = 1 << 0;
 pub(super) const VMA_WRITABLE: u64 = 1 << 1;

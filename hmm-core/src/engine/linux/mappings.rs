@@ -6,6 +6,7 @@ use crate::addr::{AddrRange, PAGE_SIZE, USER_END, VirtAddr};
 use crate::engine::{Mapping, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
+use crate::inject::{self, Point};
 use crate::sync::Mutex;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, SeekFrom};
@@ -44,6 +45,8 @@ impl Mappings {
         if addr.get() >= USER_END {
             return Ok(None);
         }
+        let failed = |errno| Error::os("mappings", addr, errno);
+        inject::checked(Point::Mappings).map_err(failed)?;
         if !self.parse.load(Ordering::Relaxed) {
             match self.query(addr) {
                 Err(Errno::NOTTY | Errno::NOSYS) => self.parse.store(true, Ordering::Relaxed),

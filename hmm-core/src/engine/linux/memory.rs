@@ -3,12 +3,13 @@
 
 use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
 use crate::error::{Error, Result};
+use crate::inject::{self, Point};
 use crate::limits::DEADLINE;
 use once_cell::sync::OnceCell;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags};
 use std::time::Instant;
 
 /// `/proc/self/mem`: accesses that ignore protections and never wait for a userfault.
@@ -27,12 +28,14 @@ impl Memory {
 
     /// Reads bytes; false when some page is not there.
     pub(in crate::engine) fn peek(&self, addr: VirtAddr, out: &mut [u8]) -> bool {
-        rustix::io::pread(&self.0, &mut *out, addr.get()) == Ok(out.len())
+        inject::checked(Point::Memory).is_ok()
+            && rustix::io::pread(&self.0, &mut *out, addr.get()) == Ok(out.len())
     }
 
     /// Writes bytes, whatever the protection says; false when some page is not there (earlier ones may be written).
     pub(in crate::engine) fn poke(&self, addr: VirtAddr, data: &[u8]) -> bool {
-        rustix::io::pwrite(&self.0, data, addr.get()) == Ok(data.len())
+        inject::checked(Point::Memory).is_ok()
+            && rustix::io::pwrite(&self.0, data, addr.get()) == Ok(data.len())
     }
 
     /// Copies whole pages between two places of this process.
@@ -57,6 +60,8 @@ impl Memory {
 /// # Errors
 /// `Fault` or `Permission` as the access would fail.
 pub(in crate::engine) fn populate(range: AddrRange, write: bool) -> Result<()> {
+    let refused = |errno| Error::os("populate", range.start(), errno);
+    inject::checked(Point::Populate).map_err(refused)?;
     if !can_populate() {
         return touch_all(range, write);
     }
@@ -79,8 +84,8 @@ pub(in crate::engine) fn populate(range: AddrRange, write: bool) -> Result<()> {
 
 fn advise(range: AddrRange, advice: Advice) -> std::result::Result<(), Errno> {
     let start = range.start().as_ptr().cast();
-    // SAFETY: populating changes no contents, and what is dropped is frames that nobody needs, or pages whose contents
-    // the caller copied. The kernel checks the range.
+    // SAFETY: populating changes no contents, and what is dropped (in a child: after a fork) is frames that nobody needs,
+    // or pages whose contents the caller copied. The kernel checks the range.
     unsafe { rustix::mm::madvise(start, range.len() as usize, advice) }
 }
 
@@ -198,6 +203,8 @@ impl Reserved {
             (reserved.area.start().as_ptr().cast(), MprotectFlags::READ | MprotectFlags::WRITE);
         // SAFETY: the area lies inside the new mapping.
         unsafe { rustix::mm::mprotect(start, bytes as usize, access) }.map_err(no_memory)?;
+        // A child of fork has no use for what is in there, and would count it as its own. Linux 4.14.
+        let _ = advise(reserved.area, Advice::LinuxWipeOnFork);
         Ok(reserved)
     }
 }
@@ -216,6 +223,15 @@ impl Drop for Reserved {
 /// The kernel's errno.
 pub(in crate::engine) fn drop_pages(range: AddrRange) -> std::result::Result<(), Errno> {
     advise(range, Advice::LinuxDontNeed)
+}
+
+/// Whether some page of a range is locked in memory. Invalidating is nothing but this question to anonymous memory and
+/// files alike.
+pub(in crate::engine) fn is_locked(range: AddrRange) -> bool {
+    let start = range.start().as_ptr().cast();
+    // SAFETY: the call changes nothing, and checks the range.
+    let asked = unsafe { rustix::mm::msync(start, range.len() as usize, MsyncFlags::INVALIDATE) };
+    asked == Err(Errno::BUSY)
 }
 
 #[cfg(test)]

@@ -6,7 +6,10 @@ pub(super) mod children;
 mod mappings;
 pub(super) mod memory;
 mod presence;
+mod rss;
+pub(super) mod strangers;
 
 pub(super) use mappings::Mappings;
 pub(super) use memory::Memory;
 pub(super) use presence::Presence;
+pub(super) use rss::rss;

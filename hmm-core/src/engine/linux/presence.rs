@@ -5,6 +5,7 @@ use super::abi::{self, ScanRegion, ScanRequest};
 use crate::addr::{AddrRange, PAGE_SHIFT, VirtAddr};
 use crate::engine::Present;
 use crate::error::{Error, Result};
+use crate::inject::{self, Point};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -70,12 +71,32 @@ impl Presence {
         self.pagemap.is_some() || rustix::system::sysinfo().totalswap == 0
     }
 
+    /// Whether a range is all of one huge page, or of several. Only `PAGEMAP_SCAN` tells.
+    pub(in crate::engine) fn is_huge(&self, range: AddrRange) -> bool {
+        let Some(pagemap) = self.pagemap.as_ref().filter(|_| !self.no_scan.load(Ordering::Relaxed))
+        else {
+            return false;
+        };
+        let mut request = ScanRequest {
+            start: range.start().get(),
+            end: range.end().get(),
+            category_mask: abi::PAGE_IS_HUGE,
+            return_mask: abi::PAGE_IS_HUGE,
+            ..ScanRequest::default()
+        };
+        let mut regions = [ScanRegion::default(); 1];
+        let found = abi::pagemap_scan(pagemap, &mut request, &mut regions);
+        let [region] = regions;
+        found == Ok(1) && (region.start, region.end) == (range.start().get(), range.end().get())
+    }
+
     /// Runs of equal state that together cover the range. The older ways cannot tell the zero page from others.
     pub(in crate::engine) fn scan(
         &self,
         range: AddrRange,
         report: &mut dyn FnMut(AddrRange, Present),
     ) -> Result<()> {
+        inject::checked(Point::Scan).map_err(|errno| failed("scan", range, errno))?;
         let Some(pagemap) = &self.pagemap else { return ask_mincore(range, report) };
         if !self.no_scan.load(Ordering::Relaxed) {
             match scan_pagemap(pagemap, range, report) {

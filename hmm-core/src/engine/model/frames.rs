@@ -45,6 +45,12 @@ impl Frames {
         area.slots.get(area.range.index_of(frame)).copied()
     }
 
+    /// Slots with a page of their own.
+    pub(super) fn resident(&self) -> u64 {
+        let slots = self.areas.iter().flat_map(|area| &area.slots);
+        slots.filter(|slot| **slot == Present::Page).count() as u64
+    }
+
     /// Puts a page into an empty slot. False when the slot is no frame, or is not empty.
     pub(super) fn fill(&mut self, frame: VirtAddr, bytes: &Bytes, what: Present) -> bool {
         let Some((area, index)) = self.find(frame) else { return false };

@@ -36,7 +36,7 @@ pub use faults::ModelFaults;
 pub use pages::PageCondition;
 
 use crate::addr::{AddrRange, PAGE_SIZE, VirtAddr};
-use crate::engine::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Watch};
+use crate::engine::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Watch};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
 use crate::sync::{Condvar, Mutex};
@@ -169,6 +169,10 @@ impl Engine for ModelEngine {
         let runs = self.state.lock().scan(range);
         runs.into_iter().for_each(|(run, present)| report(run, present));
         Ok(())
+    }
+
+    fn rss(&self) -> Result<Rss> {
+        Ok(self.state.lock().rss())
     }
 
     fn populate(&self, range: AddrRange, write: bool) -> Result<()> {

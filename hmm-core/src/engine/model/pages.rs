@@ -3,7 +3,7 @@
 use crate::addr::{AddrRange, PAGE_SIZE, VirtAddr};
 use crate::engine::model::faults::{Verb, Verdict};
 use crate::engine::model::state::State;
-use crate::engine::{Give, Present, Progress, Stop, VmaKind};
+use crate::engine::{Give, Present, Progress, Rss, Stop, VmaKind};
 use crate::flags::Protection;
 use std::collections::BTreeMap;
 
@@ -176,6 +176,22 @@ impl State {
             }
         }
         runs
+    }
+
+    /// What is resident, the frames among it.
+    pub(super) fn rss(&self) -> Rss {
+        let frames = self.frames.resident();
+        let mut rss = Rss { anon: frames * PAGE_SIZE as u64, ..Rss::default() };
+        for (page, slot) in self.pages.iter().filter(|(_, slot)| slot.present() == Present::Page) {
+            let kind = self.space.at(VirtAddr::new(*page)).map(|(_, region)| region.kind);
+            let of_kind = match kind {
+                Some(VmaKind::Shared) => &mut rss.shmem,
+                Some(VmaKind::PrivateFile | VmaKind::SharedFile) => &mut rss.file,
+                _ => &mut rss.anon,
+            };
+            *of_kind += slot.bytes().map_or(0, |bytes| bytes.len() as u64);
+        }
+        rss
     }
 
     /// The bytes of a page, swapped out or not.

@@ -7,6 +7,9 @@ use crate::engine::{Mapping, Present, VmaKind};
 use crate::error::Result;
 use crate::flags::Protection;
 
+/// So often the kernel is asked until it says something.
+const LOOKS: usize = 64;
+
 impl Protector {
     /// As [`crate::engine::Engine::hides_pages_at_home`].
     pub(super) fn hides_pages_at_home(&self, leaf: AddrRange) -> bool {
@@ -87,35 +90,53 @@ impl Protector {
     }
 
     /// Whether hidden pages are still inaccessible, and of the kind that they were.
-    fn is_same_kind(&self, state: &State, run: AddrRange) -> bool {
+    fn is_same_kind(&self, state: &State, run: AddrRange) -> Result<bool> {
         let mut next = run.start();
         while next < run.end() {
-            let Ok(Some(mapping)) = self.mappings.at(next) else { return false };
+            let Some(mapping) = self.mappings.at(next)? else { return Ok(false) };
             let piece = mapping.range.intersect(run).filter(|piece| piece.start() == next);
-            let Some(piece) = piece.filter(|_| mapping.protection.is_empty()) else { return false };
+            let Some(piece) = piece.filter(|_| mapping.protection.is_empty()) else {
+                return Ok(false);
+            };
             let is_file = mapping.kind == VmaKind::PrivateFile;
             let mut slots = (0..piece.pages()).map(|page| piece.page_at(page).index_in_leaf());
             if slots.any(|slot| state.of_file.contains(slot) != is_file) {
-                return false;
+                return Ok(false);
             }
             next = piece.end();
         }
-        true
+        Ok(true)
     }
 
     /// Whether nothing happened to a run of pages behind our back: they are inaccessible, and what was marked still is.
-    pub(super) fn is_intact(&self, state: &State, run: AddrRange) -> bool {
-        if !self.is_same_kind(state, run) {
-            return false;
+    /// A kernel that does not say is asked again: contents are given up only by who knows that the program did.
+    pub(super) fn is_intact(&self, state: &State, run: AddrRange) -> Result<bool> {
+        let mut answer = self.look_once(state, run);
+        for _ in 1..LOOKS {
+            if answer.is_ok() {
+                break;
+            }
+            answer = self.look_once(state, run);
+        }
+        answer
+    }
+
+    fn look_once(&self, state: &State, run: AddrRange) -> Result<bool> {
+        if !self.is_same_kind(state, run)? {
+            return Ok(false);
         }
         let mut intact = true;
-        let scanned = self.presence.scan(run, &mut |part, present| {
+        self.presence.scan(run, &mut |part, present| {
             if present == Present::None {
                 let mut slots = (0..part.pages()).map(|page| part.page_at(page).index_in_leaf());
                 intact &= !slots.any(|slot| state.marked.contains(slot));
             }
-        });
-        intact && scanned.is_ok()
+        })?;
+        Ok(intact)
+    }
+
+    fn is_changed(&self, state: &State, run: AddrRange) -> bool {
+        matches!(self.is_intact(state, run), Ok(false))
     }
 
     /// Notes the hidden pages of a range that are not as they were left.
@@ -123,7 +144,7 @@ impl Protector {
         self.hidden.each_run(range, &mut |run| {
             if let Some(leaf) = self.hidden.leaf(run.start()) {
                 let state = leaf.lock();
-                if !self.is_intact(&state, run) {
+                if self.is_changed(&state, run) {
                     self.suspect(run);
                 }
             }
@@ -135,7 +156,7 @@ impl Protector {
         let range = AddrRange::page_of(page);
         let Some(leaf) = self.hidden.leaf(page) else { return false };
         let state = leaf.lock();
-        let changed = state.hidden.contains(page.index_in_leaf()) && !self.is_intact(&state, range);
+        let changed = state.hidden.contains(page.index_in_leaf()) && self.is_changed(&state, range);
         drop(state);
         if changed {
             self.suspect(range);
@@ -181,14 +202,40 @@ impl Protector {
         None
     }
 
+    /// What a range had is dropped, and the table follows: it is accessible again. The layout lock is held for writing.
+    pub(super) fn show_dropped(&self, range: AddrRange) {
+        for leaf in self.hidden.leaves(range) {
+            let Some(part) = leaf.range().intersect(range) else { continue };
+            let state = &mut *leaf.lock();
+            let (mut slot, end) =
+                (part.start().index_in_leaf(), part.start().index_in_leaf() + part.pages());
+            while slot < end {
+                let (run_end, inside) = state.hidden.run_at(slot);
+                let run = leaf.pages(slot, run_end.min(end));
+                slot = run_end;
+                if inside {
+                    (0..run.pages())
+                        .for_each(|page| state.marked.remove(run.page_at(page).index_in_leaf()));
+                    // The program may have put something else there.
+                    if self.is_ours(run) {
+                        self.show(leaf, state, run)
+                    } else {
+                        self.forget(state, run)
+                    }
+                }
+            }
+        }
+    }
+
     /// A page that is not as it was left is not hidden any more. True if it was away.
     fn put_right(&self, state: &mut State, page: AddrRange) -> bool {
         let slot = page.start().index_in_leaf();
-        if !state.hidden.contains(slot) || self.is_intact(state, page) {
+        if !state.hidden.contains(slot) || !self.is_changed(state, page) {
             return false;
         }
         let was_away = state.away.contains(slot) || state.poisoned.contains(slot);
-        let dropped = self.is_same_kind(state, page);
+        // Where that is not known, the page stays hidden until somebody touches it.
+        let dropped = self.is_same_kind(state, page).unwrap_or(true);
         self.forget(state, page);
         if dropped && protect(page, READ_WRITE).is_err() {
             // Mappings are short: it is shown with the others of its leaf.

@@ -19,9 +19,11 @@ pub(super) use beside::Follower;
 
 use super::linux::children;
 use super::linux::memory::{self, Memory, Reserved};
+use super::linux::strangers;
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
 use super::{
-    Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Stop, Watch, threads,
+    Engine, FaultSink, Give, LayoutLock, MapEvent, Mapping, Present, Progress, Rss, Stop, Watch,
+    threads,
 };
 use crate::addr::{AddrRange, PAGE_SIZE, VirtAddr};
 use crate::arena::Shared;
@@ -164,7 +166,9 @@ impl Common {
         match self.protector.mappings.at(page) {
             _ if state.hidden.contains(page.index_in_leaf()) => Claim::Settled,
             Ok(Some(mapping)) if allows(&mapping, access) => Claim::Settled,
-            _ => Claim::Stranger,
+            // The kernel does not say: the access is made again.
+            Err(_) => Claim::Settled,
+            Ok(_) => Claim::Stranger,
         }
     }
 
@@ -230,6 +234,10 @@ impl Engine for SignalEngine {
 
     fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
         if watch == Watch::Absence {
+            if strangers::watch(range) {
+                let what = "another userfaultfd of this process has the range";
+                return Err(Error::Busy { address: range.start(), what });
+            }
             Protector::keep_small(range);
         }
         Ok(())
@@ -237,6 +245,10 @@ impl Engine for SignalEngine {
 
     fn scan(&self, range: AddrRange, report: &mut dyn FnMut(AddrRange, Present)) -> Result<()> {
         self.common.protector.presence.scan(range, report)
+    }
+
+    fn rss(&self) -> Result<Rss> {
+        super::linux::rss()
     }
 
     /// Touches what is hidden first: bringing it home, or waiting for who does, is the handler's business.
@@ -257,6 +269,10 @@ impl Engine for SignalEngine {
         self.common.protector.take(range, frame, &must_stay)
     }
 
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        memory::is_locked(AddrRange::page_of(page))
+    }
+
     fn withdraw(&self, range: AddrRange) -> Progress {
         let drop_file = |part| memory::drop_pages(part).map_err(|_| Stop::Refused);
         self.common.protector.withdraw(range, &drop_file)
@@ -269,6 +285,31 @@ impl Engine for SignalEngine {
     fn refresh(&self, range: AddrRange) {
         self.common.protector.refresh(range);
         self.common.drain();
+    }
+
+    fn changed(&self, event: MapEvent) {
+        let Some(sink) = self.common.sink.read().clone() else { return };
+        let changing = self.common.layout.change();
+        self.common.protector.apply(&event);
+        if let MapEvent::Remove(range) = event {
+            self.common.protector.show_dropped(range);
+        }
+        let ticket = sink.on_map_event(event);
+        drop(changing);
+        sink.finish_map_event(ticket);
+    }
+
+    fn hides(&self, range: AddrRange) -> bool {
+        self.any_hidden(range)
+    }
+
+    fn uncover(&self, range: AddrRange) -> Result<()> {
+        self.touch_hidden(range)?;
+        if self.any_hidden(range) {
+            let what = "a page stays out of reach";
+            return Err(Error::Busy { address: range.start(), what });
+        }
+        Ok(())
     }
 
     fn give_hole(&self, page: VirtAddr) {

@@ -7,11 +7,13 @@
 
 use super::hidden::{Hidden, Leaf, State};
 use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
-use crate::engine::linux::{Mappings, Memory, Presence};
+use crate::engine::linux::{Mappings, Memory, Presence, memory};
 use crate::engine::trap::copy;
 use crate::engine::{Present, Progress, Stop, VmaKind};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
+use crate::inject::{self, Point};
+use crate::page_set::PageSet;
 use crate::sync::Mutex;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MprotectFlags, MremapFlags};
@@ -45,7 +47,8 @@ pub(super) fn stopped(pages: usize, stop: Stop) -> Progress {
 pub(super) fn protect(range: AddrRange, access: MprotectFlags) -> std::result::Result<(), Stop> {
     let start = range.start().as_ptr().cast();
     // SAFETY: the pages are of a mapping whose pages the engine hides and shows; contents do not change.
-    match unsafe { rustix::mm::mprotect(start, range.len() as usize, access) } {
+    let protect = || unsafe { rustix::mm::mprotect(start, range.len() as usize, access) };
+    match inject::checked(Point::Protect).and_then(|()| protect()) {
         Ok(()) => Ok(()),
         Err(Errno::NOMEM | Errno::AGAIN) => Err(Stop::NoMemory),
         Err(_) => Err(Stop::Refused),
@@ -149,23 +152,29 @@ impl Protector {
         }
         let copied = self.hide_and_copy(target, taking);
         if copied.is_err() {
-            let kept = before.hidden;
-            let mut slot = 0;
-            while slot < LEAF_PAGES {
-                let (end, inside) = hidden.run_at(slot);
-                let run = leaf.pages(slot, end).intersect(target);
-                if let Some(run) =
-                    run.filter(|run| inside && !kept.contains(run.start().index_in_leaf()))
-                {
-                    let _ = protect(run, READ_WRITE);
-                }
-                slot = end;
-            }
-            self.hidden.set(state, kept);
             (state.away, state.whole) = (before.away, before.whole);
             state.of_file = before.of_file;
+            self.show_again(leaf, state, target, before.hidden);
         }
         copied
+    }
+
+    /// Pages that were hidden for nothing, but for those of `kept`. What cannot be shown now, since mappings are short, is
+    /// shown at a touch, or with the others of its leaf.
+    fn show_again(&self, leaf: &Leaf, state: &mut State, target: AddrRange, kept: PageSet) {
+        let wanted = state.hidden.without(&kept);
+        let (mut left, mut slot) = (kept, 0);
+        while slot < LEAF_PAGES {
+            let (end, inside) = wanted.run_at(slot);
+            if let Some(run) = leaf.pages(slot, end).intersect(target).filter(|_| inside)
+                && protect(run, READ_WRITE).is_err()
+            {
+                left.insert_pages(run);
+                state.whole = true;
+            }
+            slot = end;
+        }
+        self.hidden.set(state, left);
     }
 
     /// The part of a leaf around some pages of it that lies in the same mapping.
@@ -250,9 +259,13 @@ impl Protector {
         mut part: AddrRange,
         frame: VirtAddr,
     ) -> std::result::Result<usize, Stop> {
-        if !self.is_intact(state, part) {
-            self.suspect(part);
-            return Err(Stop::Retry);
+        match self.is_intact(state, part) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.suspect(part);
+                return Err(Stop::Retry);
+            }
+            Err(_) => return Err(Stop::NoMemory),
         }
         let in_place = match &self.memory {
             Some(memory) => memory.copy_out(frame, part),
@@ -380,8 +393,10 @@ impl Protector {
     }
 }
 
-/// Moves a copy of frames into the place of inaccessible pages, with access, at once.
+/// Moves a copy of frames into the place of inaccessible pages, with access, at once. Pages that the program locked in
+/// memory meanwhile are locked again, as far as its limit allows.
 fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
+    inject::checked(Point::Remap)?;
     let len = part.len() as usize;
     let access = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
     // SAFETY: the new mapping replaces nothing; it is filled from frames of the caller's, and then takes the place of
@@ -391,12 +406,29 @@ fn replace(part: AddrRange, frame: VirtAddr) -> std::result::Result<(), Errno> {
         let staging = rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, access, flags)?;
         std::ptr::copy_nonoverlapping(frame.as_ptr().cast_const(), staging.cast::<u8>(), len);
         let target = part.start().as_ptr().cast();
+        let locked = locked_pages(part);
         let moved = rustix::mm::mremap_fixed(staging, len, len, MremapFlags::MAYMOVE, target);
         if moved.is_err() {
             let _ = rustix::mm::munmap(staging, len);
         }
+        for page in locked.filter(|_| moved.is_ok()) {
+            let _ = rustix::mm::mlock(page.as_ptr().cast(), PAGE_SIZE);
+        }
         moved.map(drop)
     }
+}
+
+/// The pages of a part that are locked in memory, looked for at once.
+fn locked_pages(part: AddrRange) -> impl Iterator<Item = VirtAddr> {
+    let first = part.start().index_in_leaf();
+    let mut locked = PageSet::default();
+    if memory::is_locked(part) {
+        let pages = (0..part.pages()).map(|page| part.page_at(page));
+        let is_locked = |page: &VirtAddr| memory::is_locked(AddrRange::page_of(*page));
+        pages.filter(is_locked).for_each(|page| locked.insert(page.index_in_leaf()));
+    }
+    let is_locked = move |page: &usize| locked.contains(first + page);
+    (0..part.pages()).filter(is_locked).map(move |page| part.page_at(page))
 }
 
 /// A quarter of the mappings that the process may still have: each run of hidden pages costs two.

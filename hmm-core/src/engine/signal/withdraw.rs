@@ -8,6 +8,9 @@ use crate::engine::{Progress, Stop, VmaKind};
 use rustix::io::Errno;
 use rustix::mm::{MprotectFlags, MremapFlags};
 
+/// So often a mark is tried: without memory the kernel may have none to give.
+const TRIES: usize = 16;
+
 /// Drops pages of a file mapping; called with no lock held.
 pub(super) type DropFile<'a> = dyn Fn(AddrRange) -> std::result::Result<(), Stop> + 'a;
 
@@ -40,7 +43,7 @@ impl Protector {
 
     fn drop_and_mark(&self, state: &mut State, part: AddrRange) -> std::result::Result<(), Errno> {
         match &self.memory {
-            Some(memory) => memory::drop_pages(part).map(|()| mark(memory, state, part)),
+            Some(memory) => memory::drop_pages(part).and_then(|()| mark(memory, state, part)),
             // A locked mapping refuses the drop, and would lose its lock when it is replaced.
             None => memory::drop_pages(part)
                 .and_then(|()| replace_by_marks(part))
@@ -49,14 +52,15 @@ impl Protector {
     }
 }
 
-fn mark(memory: &Memory, state: &mut State, part: AddrRange) {
-    let mut byte = [0];
-    for page in 0..part.pages() {
-        let addr = part.page_at(page);
-        if memory.peek(addr, &mut byte) {
-            state.marked.insert(addr.index_in_leaf());
+/// A page without a mark could be dropped by the program unseen: it must not stay away.
+fn mark(memory: &Memory, state: &mut State, part: AddrRange) -> std::result::Result<(), Errno> {
+    for addr in (0..part.pages()).map(|page| part.page_at(page)) {
+        if !(0..TRIES).any(|_| memory.peek(addr, &mut [0])) {
+            return Err(Errno::IO);
         }
+        state.marked.insert(addr.index_in_leaf());
     }
+    Ok(())
 }
 
 /// Moves inaccessible pages of zeros into the place of inaccessible pages, at once: what those had is dropped, and each

@@ -136,14 +136,13 @@ unsafe fn handle(signal: Signal, info: *mut libc::siginfo_t, raw: *mut libc::c_v
         // The access is tried again if the program's handler of SIGBUS returns.
         Verdict::Lost => {
             context.unblock(libc::SIGBUS);
-            // It comes when this handler returned: a small alternate stack has no room for two.
-            let mut bus = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-            // SAFETY: plain calls with a set that is filled first.
-            unsafe {
-                libc::sigemptyset(bus.as_mut_ptr());
-                libc::sigaddset(bus.as_mut_ptr(), libc::SIGBUS);
-                libc::pthread_sigmask(libc::SIG_BLOCK, bus.as_ptr(), std::ptr::null_mut());
-            }
+            // It comes when this handler returned: a small alternate stack has no room for two. The system call itself:
+            // libhmm_preload.so lets nobody block SIGBUS.
+            let bus: u64 = 1 << (libc::SIGBUS - 1);
+            let (block, mask, size) = (libc::SIG_BLOCK, &raw const bus, size_of::<u64>());
+            let nothing = std::ptr::null_mut::<u64>();
+            // SAFETY: the mask is the kernel's, of this frame; nothing is written.
+            unsafe { libc::syscall(libc::SYS_rt_sigprocmask, block, mask, nothing, size) };
             lost::send(threads::id(), VirtAddr::new(addr));
         }
         Verdict::Stranger => match copy::end_of_faulting(instruction) {

@@ -2,6 +2,7 @@
 //!
 //! Written from the headers' facts rather than taken from the system, whose headers may be older than its kernel.
 
+use crate::inject::{self, Point};
 use rustix::fd::{AsFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::ioctl::{self, Ioctl, IoctlOutput, Opcode, Updater, opcode};
@@ -113,9 +114,10 @@ const UFFDIO_WRITEPROTECT: Opcode = opcode::read_write::<Protect>(UFFD, 0x06);
 const UFFDIO_POISON: Opcode = opcode::read_write::<Fill>(UFFD, 0x08);
 
 macro_rules! call {
-    ($(#[$doc:meta])* $name:ident, $opcode:ident, $request:ty) => {
+    ($(#[$doc:meta])* $name:ident, $opcode:ident, $request:ty $(, $point:ident)?) => {
         $(#[$doc])*
         pub(super) fn $name(fd: impl AsFd, request: &mut $request) -> Result<(), Errno> {
+            $(inject::checked(Point::$point)?;)?
             // SAFETY: the number belongs to this structure (its size is part of it), which lives during the call; the
             // kernel checks every address in it.
             unsafe { ioctl::ioctl(fd, Updater::<'_, { $opcode }, $request>::new(request)) }
@@ -125,16 +127,17 @@ macro_rules! call {
 
 call!(/// Negotiates features; once per descriptor.
     api, UFFDIO_API, ApiRequest);
-call!(register, UFFDIO_REGISTER, Register);
+call!(register, UFFDIO_REGISTER, Register, Register);
 call!(unregister, UFFDIO_UNREGISTER, Range);
 call!(wake, UFFDIO_WAKE, Range);
-call!(copy, UFFDIO_COPY, Transfer);
-call!(zero_page, UFFDIO_ZEROPAGE, Fill);
+call!(copy, UFFDIO_COPY, Transfer, Copy);
+call!(zero_page, UFFDIO_ZEROPAGE, Fill, Zero);
 call!(poison, UFFDIO_POISON, Fill);
-call!(write_protect, UFFDIO_WRITEPROTECT, Protect);
+call!(write_protect, UFFDIO_WRITEPROTECT, Protect, WriteProtect);
 
 /// `UFFDIO_MOVE`; `move` is a word of the language.
 pub(super) fn move_pages(fd: impl AsFd, request: &mut Transfer) -> Result<(), Errno> {
+    inject::checked(Point::Move)?;
     // SAFETY: as in `call!`; the callers pass ranges that they may empty and fill.
     unsafe { ioctl::ioctl(fd, Updater::<'_, { UFFDIO_MOVE }, Transfer>::new(request)) }
 }

@@ -11,7 +11,8 @@ use crate::engine::{LayoutLock, Stop};
 impl UffdEngine {
     /// Whether layout changes of file mappings are reported: only asynchronous write-protection registers them.
     pub(in crate::engine) fn watches_files(&self) -> bool {
-        self.features & feature::WP_ASYNC != 0
+        let needed = feature::WP_ASYNC | feature::PAGEFAULT_FLAG_WP;
+        self.features & needed == needed
     }
 
     pub(in crate::engine) fn shared_layout(&self) -> Shared<LayoutLock> {

@@ -3,11 +3,12 @@
 use super::service::Service;
 use crate::addr::AddrRange;
 use crate::arena::Shared;
-use crate::engine::linux::Mappings;
+use crate::engine::linux::{Mappings, memory};
 use crate::engine::trap::{Access, Claim, Owner, Signal, Trap};
 use crate::engine::{Mapping, VmaKind};
 use crate::error::{Error, Result};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A trap with what stands behind it.
 #[derive(Debug)]
@@ -27,6 +28,7 @@ impl Owner for Toucher {
     /// Only userfaultfd makes an access to private anonymous memory end so.
     fn claim(&self, access: &Access) -> Claim {
         let page = access.addr.page();
+        let is_mapped = |mapping: &Mapping| mapping.range.contains(page);
         match self.mappings.at(page) {
             _ if access.signal == Signal::Segv => Claim::Stranger,
             Ok(Some(mapping))
@@ -34,13 +36,44 @@ impl Owner for Toucher {
             {
                 Claim::Mine
             }
-            _ => Claim::Stranger,
+            // The kernel does not say: the access is made again.
+            Err(_) => Claim::Settled,
+            Ok(Some(mapping)) if is_mapped(&mapping) && was_registered(access) => Claim::Settled,
+            Ok(_) => Claim::Stranger,
         }
     }
 
     fn drain(&self) {
         self.service.drain();
     }
+}
+
+/// Registrations under way.
+static REGISTERING: AtomicUsize = AtomicUsize::new(0);
+
+/// Held from before a registration until what should not have been registered is not any more: the program may have
+/// mapped something else since the mapping was looked at.
+pub(super) struct Registering(());
+
+impl Registering {
+    pub(super) fn begin() -> Self {
+        REGISTERING.fetch_add(1, Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for Registering {
+    fn drop(&mut self) {
+        REGISTERING.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Whether a SIGBUS in other memory comes, or came, from such a registration. The program's own (behind the end of a file)
+/// stays one.
+fn was_registered(access: &Access) -> bool {
+    let can_be_had = || memory::populate(AddrRange::page_of(access.addr), access.write).is_ok();
+    // Twice: a registration may begin and end between two looks.
+    (0..2).any(|_| REGISTERING.load(Ordering::SeqCst) > 0 || can_be_had())
 }
 
 impl Inline {

@@ -24,7 +24,7 @@ pub use open::{Feature, features};
 use super::linux::memory::{self, Memory, Reserved};
 use super::linux::{Mappings, Presence, children};
 use super::trap::{Trap, copy};
-use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Stop, Watch};
+use super::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Stop, Watch};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
 use crate::error::{Error, Result};
@@ -37,7 +37,6 @@ use once_cell::sync::OnceCell;
 use open::Mode;
 use pages::Pages;
 use rustix::event::EventfdFlags;
-use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use second::{Second, registration_failed};
 use service::Service;
@@ -113,24 +112,6 @@ impl UffdEngine {
         })
     }
 
-    /// Ends every registration at once. The number stays taken (by the stop event), so that a late call on it fails
-    /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
-    fn close_descriptor(&self, pages: &Pages, stop: &OwnedFd) {
-        if !replace(pages, stop) {
-            // Its number is above a limit that was lowered meanwhile.
-            self.unregister_everything(pages);
-        }
-    }
-
-    fn unregister_everything(&self, pages: &Pages) {
-        let mut next = VirtAddr::new(0);
-        while let Ok(Some(mapping)) = self.pages.mappings.at(next) {
-            // Mappings that were never registered refuse.
-            let _ = pages.unregister(mapping.range);
-            next = mapping.range.end();
-        }
-    }
-
     /// Bits of a registration.
     fn mode_of(&self, watch: Watch) -> u64 {
         let protect = self.features & feature::PAGEFAULT_FLAG_WP != 0;
@@ -196,11 +177,19 @@ impl UffdEngine {
     }
 }
 
-/// Closes a userfaultfd in this process, and keeps its number taken.
-fn replace(pages: &Pages, stop: &OwnedFd) -> bool {
-    let (other, mine) = (stop.as_raw_fd(), pages.descriptor.as_raw_fd());
-    // SAFETY: both numbers are open descriptors of this engine.
-    unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) >= 0 }
+impl UffdEngine {
+    /// What was mapped here since the mapping was looked at is not ours, and has absent pages of its own.
+    fn unregister_others(&self, range: AddrRange) {
+        for piece in self.pages.pieces(range) {
+            let mapping = self.pages.mappings.at(piece.start());
+            if !matches!(mapping, Ok(Some(mapping)) if mapping.kind == crate::engine::VmaKind::Anonymous)
+            {
+                // Each descriptor refuses what is not its own.
+                let _ = self.pages.unregister(piece);
+                self.service.second().iter().for_each(|one| _ = one.pages.unregister(piece));
+            }
+        }
+    }
 }
 
 impl Engine for UffdEngine {
@@ -232,9 +221,9 @@ impl Engine for UffdEngine {
         for inline in [self.inline.as_ref(), self.touchers.get()].into_iter().flatten() {
             inline.trap.stop();
         }
-        self.close_descriptor(&self.pages, self.service.stop_descriptor());
+        self.pages.close(self.service.stop_descriptor());
         if let Some(second) = self.service.second() {
-            self.close_descriptor(&second.pages, &second.stop);
+            second.pages.close(&second.stop);
         }
         self.frame_areas.lock().clear();
     }
@@ -245,10 +234,15 @@ impl Engine for UffdEngine {
 
     fn watch(&self, range: AddrRange, watch: Watch) -> Result<()> {
         let mode = self.mode_of(watch);
+        let registering = inline::Registering::begin();
         let done = match self.service.second() {
             Some(second) => second.register(&self.pages, range, mode),
             None => self.pages.register(range, mode),
         };
+        if watch == Watch::Absence {
+            self.unregister_others(range);
+        }
+        drop(registering);
         match done {
             Ok(()) => Ok(()),
             // Before Linux 6.7, files cannot be watched: mirrors of them are not told of changes.
@@ -297,6 +291,10 @@ impl Engine for UffdEngine {
         self.presence.scan(range, report)
     }
 
+    fn rss(&self) -> Result<Rss> {
+        super::linux::rss()
+    }
+
     fn populate(&self, range: AddrRange, write: bool) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         loop {
@@ -315,6 +313,14 @@ impl Engine for UffdEngine {
             Some(second) => second.take(&self.pages, range, frame, self.mode_of(Watch::Absence)),
             None => self.pages.take(range, frame),
         }
+    }
+
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.can_move && self.presence.is_huge(range)
+    }
+
+    fn is_locked(&self, page: VirtAddr) -> bool {
+        memory::is_locked(AddrRange::page_of(page))
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {
@@ -460,7 +466,7 @@ impl Engine for UffdEngine {
         let first = (&self.pages, self.service.stop_descriptor());
         let second = self.service.second().map(|second| (&second.pages, &second.stop));
         for (pages, stop) in std::iter::once(first).chain(second) {
-            replace(pages, stop);
+            pages.close_in_this_process(stop);
         }
     }
 

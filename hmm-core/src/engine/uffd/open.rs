@@ -82,7 +82,8 @@ fn choose(offered: u64, mode: Mode) -> Result<u64> {
     }
     if !lacks(feature::MOVE) {
         features |= feature::MOVE | offered & feature::PAGEFAULT_FLAG_WP;
-        return Ok(if lacks(ASYNC) { features } else { features | ASYNC });
+        let asynchronous = ASYNC | feature::PAGEFAULT_FLAG_WP;
+        return Ok(if lacks(asynchronous) { features } else { features | ASYNC });
     }
     // Without MOVE, stores must wait while a page is copied: asynchronous write-protection would let them through.
     if lacks(feature::PAGEFAULT_FLAG_WP) {

@@ -349,10 +349,11 @@ impl Common {
     }
 
     fn report_lost(&self, fault: FaultEvent) {
-        if self.sends_signals && fault.thread != 0 {
-            lost::send(fault.thread, fault.addr);
+        if !self.sends_signals || fault.thread == 0 {
+            return self.wake(fault.addr);
         }
-        self.wake(fault.addr);
+        // The signal ends the wait. A wake beside it could reach the toucher's next touch, which has a signal of its own.
+        lost::send(fault.thread, fault.addr);
     }
 
     fn fault(&self, message: &Message) -> FaultEvent {

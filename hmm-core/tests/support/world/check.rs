@@ -57,6 +57,7 @@ impl World {
         );
         let counted = self.mm.counters().device_pages;
         ensure!(counted == on_devices as u64, "{counted} device pages counted, {on_devices} there");
+        self.mm.check_accounts().map_err(|error| error.to_string())?;
         self.check_mirrors(&residency)
     }
 

@@ -28,10 +28,14 @@ fn pin_to(cpu: usize) {
 }
 
 impl BareLoop {
-    pub(crate) fn new() -> Self {
-        // SAFETY: the call has no pointers; the result is checked.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
-        assert!(fd >= 0, "userfaultfd is refused");
+    /// `None` where userfaultfd is refused.
+    pub(crate) fn new() -> Option<Self> {
+        const USER_MODE_ONLY: i32 = 1;
+        let open = |flags: i32| {
+            // SAFETY: the call has no pointers; the result is checked.
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | flags) }
+        };
+        let fd = [0, USER_MODE_ONLY].map(open).into_iter().find(|fd| *fd >= 0)?;
         // SAFETY: a new descriptor that nobody else owns.
         let descriptor = Arc::new(unsafe { OwnedFd::from_raw_fd(fd as i32) });
         assert_eq!(ioctl(&descriptor, API, &mut [0xaa_u64, 0, 0]), 0);
@@ -39,7 +43,7 @@ impl BareLoop {
             let descriptor = Arc::clone(&descriptor);
             std::thread::spawn(move || serve(cpu, &descriptor));
         }
-        Self { descriptor }
+        Some(Self { descriptor })
     }
 
     /// From now on the absent pages of the range are served; unmapping it ends that.

@@ -60,9 +60,10 @@ fn report(figures: &[Figure]) {
     json.push_str("]\n");
     let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".into());
     let path = std::path::Path::new(&target).join("bench.json");
-    std::fs::create_dir_all(&target).unwrap();
-    std::fs::write(&path, json).unwrap();
-    println!("written to {}", path.display());
+    match std::fs::create_dir_all(&target).and_then(|()| std::fs::write(&path, json)) {
+        Ok(()) => println!("written to {}", path.display()),
+        Err(reason) => println!("not written to {}: {reason}", path.display()),
+    }
 }
 
 fn main() {

@@ -7,6 +7,8 @@
 //! Once attached it stays so. After the mm is closed there is nothing to hold, but our handlers of SIGSEGV and SIGBUS are
 //! still installed, and the program's must still be put behind them.
 
+pub(crate) mod layout;
+
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena;
 use crate::error::{Error, Result};
