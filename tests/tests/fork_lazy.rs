@@ -87,6 +87,17 @@ fn what_the_child_never_touches_is_released_when_it_ends() {
 }
 
 #[test]
+fn pages_of_children_that_end_while_others_are_forked_are_released() {
+    let mm = mm_or_skip!();
+    let (card, region) = on_card(&mm, 32, 5);
+    for _ in 0..30 {
+        assert_eq!(fork_and(|| true), Ended::Well);
+    }
+    assert!(all_are(&region, 5));
+    assert!(all_free(&card, 64));
+}
+
+#[test]
 fn a_device_of_the_parents_writes_to_its_own_copy() {
     let mm = mm_or_skip!();
     mm.set_fork_mode(ForkMode::Lazy).unwrap();

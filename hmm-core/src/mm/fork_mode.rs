@@ -107,7 +107,9 @@ impl Mm {
             let invalid = self.notifiers.invalidate(Invalidation { range, event, owner: None });
             let (pages, shared) = share_leaf(leaf, besides);
             drop(invalid);
+            let mut unmapped = shared;
             for piece in runs(leaf, shared).flat_map(|run| self.pieces(run)) {
+                self::pages(piece).for_each(|page| unmapped.remove(page.index_in_leaf()));
                 let first = piece.start().index_in_leaf();
                 let pages = &pages[first..first + piece.pages()];
                 if self.can_share(piece) {
@@ -117,6 +119,9 @@ impl Mm {
                     let _ = self.bring_home(piece);
                 }
             }
+            // Unmapped a moment ago, and not forgotten yet.
+            let without_place = runs(leaf, unmapped).flat_map(self::pages);
+            without_place.for_each(|page| put(pages[page.index_in_leaf()]));
         }
     }
 
@@ -303,7 +308,7 @@ fn share_leaf(leaf: &Leaf, besides: &[AddrRange]) -> ([Pfn; LEAF_PAGES], PageSet
             pages[slot] = page;
             shared.insert(slot);
             if !entry.is_locked() {
-                *entry = Entry::device(page, false);
+                *entry = Entry::device(page, false).charged_to(entry.group());
             }
         }
     }
