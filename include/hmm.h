@@ -264,14 +264,6 @@ enum hmm_pfn_value_e {
  * SIGSEGV). For children that do not need the data, such as those that call exec() at once.
  */
 #define HMM_FORK_DONT_COPY 1
-/**
- * A copy at the child's first touch: the pages stay where they are, and parent and child share
- * them. The child has an address space of its own from the start (hmm_mm_current() returns it), and
- * its touches ask the parent, whose driver brings the pages. When the parent calls exit(), it
- * leaves the child what it has not had yet; when it ends otherwise, or calls exec(), a touch of such
- * a page in the child is SIGBUS.
- */
-#define HMM_FORK_LAZY 2
 
 /* When the soft device takes pages. */
 /** When hmm_soft_migrate() asks for it, and for atomic operations. */
@@ -1031,7 +1023,7 @@ bool hmm_mm_poke(struct mm_struct *mm, void *addr, const void *buffer, size_t le
  * leaves it out.
  *
  * @param mm    The address space.
- * @param mode  HMM_FORK_HOME (the default), HMM_FORK_DONT_COPY or HMM_FORK_LAZY.
+ * @param mode  HMM_FORK_HOME (the default) or HMM_FORK_DONT_COPY.
  * @return 0, or:
  *  - -EINVAL: mm is no live handle, or there is no such mode;
  *  - -ENODEV: closed.
@@ -1045,7 +1037,7 @@ int hmm_mm_set_fork_mode(struct mm_struct *mm, int mode);
  * Tells what children of fork() get of pages that are on a device.
  *
  * @param mm  The address space.
- * @return HMM_FORK_HOME, HMM_FORK_DONT_COPY or HMM_FORK_LAZY; -EINVAL when mm is no live handle.
+ * @return HMM_FORK_HOME or HMM_FORK_DONT_COPY; -EINVAL when mm is no live handle.
  *
  * Context: any thread, callbacks included; does not block.
  * Source: ours.

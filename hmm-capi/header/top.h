@@ -256,14 +256,6 @@ enum hmm_pfn_value_e {
  * SIGSEGV). For children that do not need the data, such as those that call exec() at once.
  */
 #define HMM_FORK_DONT_COPY 1
-/**
- * A copy at the child's first touch: the pages stay where they are, and parent and child share
- * them. The child has an address space of its own from the start (hmm_mm_current() returns it), and
- * its touches ask the parent, whose driver brings the pages. When the parent calls exit(), it
- * leaves the child what it has not had yet; when it ends otherwise, or calls exec(), a touch of such
- * a page in the child is SIGBUS.
- */
-#define HMM_FORK_LAZY 2
 
 /* When the soft device takes pages. */
 /** When hmm_soft_migrate() asks for it, and for atomic operations. */

@@ -26,8 +26,8 @@ pub(crate) const RESIDENCY_POISONED: u8 = 4;
 /// Not mapped.
 pub(crate) const RESIDENCY_UNMAPPED: u8 = 5;
 
-const FORK_MODES: [(&str, ForkMode); 3] =
-    [("home", ForkMode::Home), ("dont-copy", ForkMode::DontCopy), ("lazy", ForkMode::Lazy)];
+const FORK_MODES: [(&str, ForkMode); 2] =
+    [("home", ForkMode::Home), ("dont-copy", ForkMode::DontCopy)];
 
 fn residency_code(residency: Residency) -> u8 {
     match residency {
@@ -91,8 +91,6 @@ impl Mm {
     /// - `"home"` (the default): a copy. Every page comes home before the fork.
     /// - `"dont-copy"`: nothing. The pages stay on their devices, and the child has no mapping there: a touch of its kills
     ///   it with SIGSEGV. For children that do not need the data.
-    /// - `"lazy"`: a copy at the child's first touch. The pages stay on their devices, and the child asks this process for
-    ///   them; once this process has ended, other than by its own exit, they raise SIGBUS there.
     ///
     /// `subprocess` forks only with `preexec_fn` and a few other options; else it is a `vfork`, which needs nothing of this.
     #[getter]

@@ -52,16 +52,12 @@ def in_fork(work) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-@pytest.mark.parametrize("mode", ["home", "lazy"])
-def test_forked_children_see_the_data_and_the_parent_goes_on(device, mode):
-    mm = hmm.current()
-    mm.fork_mode = mode
-    assert mm.fork_mode == mode
+def test_forked_children_see_the_data_and_the_parent_goes_on(device):
+    assert hmm.current().fork_mode == "home"
     for start in (1.0, 5.0):
         data = away(device, start)
         assert in_fork(lambda start=start: total() == expected(start)) == 0
-        # What lies in one mapping with the allocator's memory comes home in either mode.
-        assert mode == "lazy" or on_device(data) == 0
+        assert on_device(data) == 0
         assert total() == expected(start)
 
 
@@ -106,7 +102,7 @@ def test_a_child_opens_an_mm_of_its_own(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"close_fds": False}, {"preexec_fn": os.getpid}, {"start_new_session": True}])
-@pytest.mark.parametrize("mode", ["home", "dont-copy", "lazy"])
+@pytest.mark.parametrize("mode", ["home", "dont-copy"])
 def test_subprocesses_run(device, options, mode):
     hmm.current().fork_mode = mode
     away(device)
@@ -127,9 +123,7 @@ def work_of(queue: multiprocessing.Queue) -> None:
     queue.put(total())
 
 
-@pytest.mark.parametrize("mode", ["home", "lazy"])
-def test_multiprocessing_forks(device, mode):
-    hmm.current().fork_mode = mode
+def test_multiprocessing_forks(device):
     away(device)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

@@ -26,8 +26,7 @@ const GENERATED: &[&str] = &["include/hmm.h"];
 const UNSAFE: &[&str] = &[
     "hmm-core/src/arena.rs",
     "hmm-core/src/sync.rs",
-    "hmm-core/src/fork/",
-    "hmm-core/src/mm/fork_mode.rs",
+    "hmm-core/src/fork.rs",
     "hmm-core/src/preload/",
     "hmm-core/src/sparse.rs",
     "hmm-core/src/engine/model/frames.rs",

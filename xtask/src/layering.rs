@@ -37,11 +37,7 @@ const ROOMS: &[Room] = &[
     Room { modules: &["range"], may_use: BELOW_VERBS },
     Room { modules: &["migrate"], may_use: BELOW_VERBS },
     Room { modules: &["evict"], may_use: BELOW_VERBS },
-    // A child of a lazy fork is a driver, whose device is its parent's memory.
-    Room {
-        modules: &["fork"],
-        may_use: &["engine", "ops", "notifier", "devmem", "stats", "account", "mm", "migrate"],
-    },
+    Room { modules: &["fork"], may_use: BELOW_VERBS },
     Room { modules: &["preload"], may_use: BELOW_VERBS },
     // Concrete engines know the Engine and FaultSink traits, and never the address space above them.
     Room { modules: &["engine::model"], may_use: &["engine"] },

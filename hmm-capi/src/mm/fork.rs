@@ -6,8 +6,7 @@ use hmm_core::{Error, ForkMode, VirtAddr};
 use std::ffi::c_int;
 
 /// The `HMM_FORK_*` numbers of hmm.h.
-const MODES: [(c_int, ForkMode); 3] =
-    [(0, ForkMode::Home), (1, ForkMode::DontCopy), (2, ForkMode::Lazy)];
+const MODES: [(c_int, ForkMode); 2] = [(0, ForkMode::Home), (1, ForkMode::DontCopy)];
 
 /// Sets what children of fork() get of pages that are on a device, from the next fork on.
 ///
@@ -16,7 +15,7 @@ const MODES: [(c_int, ForkMode); 3] =
 /// leaves it out.
 ///
 /// @param mm    The address space.
-/// @param mode  HMM_FORK_HOME (the default), HMM_FORK_DONT_COPY or HMM_FORK_LAZY.
+/// @param mode  HMM_FORK_HOME (the default) or HMM_FORK_DONT_COPY.
 /// @return 0, or:
 ///  - -EINVAL: mm is no live handle, or there is no such mode;
 ///  - -ENODEV: closed.
@@ -26,7 +25,7 @@ const MODES: [(c_int, ForkMode); 3] =
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hmm_mm_set_fork_mode(mm: *mut mm_struct, mode: c_int) -> c_int {
     let set = || {
-        let what = "the mode is none of HMM_FORK_HOME, HMM_FORK_DONT_COPY, HMM_FORK_LAZY";
+        let what = "the mode is none of HMM_FORK_HOME, HMM_FORK_DONT_COPY";
         let known = MODES.iter().find(|one| one.0 == mode);
         let known = known.ok_or(Error::Invalid { address: VirtAddr::new(0), what })?;
         get(mm)?.core.set_fork_mode(known.1)
@@ -37,7 +36,7 @@ pub unsafe extern "C" fn hmm_mm_set_fork_mode(mm: *mut mm_struct, mode: c_int) -
 /// Tells what children of fork() get of pages that are on a device.
 ///
 /// @param mm  The address space.
-/// @return HMM_FORK_HOME, HMM_FORK_DONT_COPY or HMM_FORK_LAZY; -EINVAL when mm is no live handle.
+/// @return HMM_FORK_HOME or HMM_FORK_DONT_COPY; -EINVAL when mm is no live handle.
 ///
 /// Context: any thread, callbacks included; does not block.
 /// Source: ours.

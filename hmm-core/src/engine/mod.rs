@@ -11,7 +11,7 @@ mod threads;
 mod trap;
 pub mod uffd;
 
-pub(crate) use trap::program_action;
+pub(crate) use trap::{HandlersHeld, program_action};
 
 use crate::addr::{AddrRange, VirtAddr};
 use crate::error::{Error, Result};

@@ -1,6 +1,6 @@
 //! One batch: which pages it holds, what each of them is, and what becomes of it.
 
-use super::Job;
+use super::MigrateRequest;
 use crate::account::GroupId;
 use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::arena::{self, Buffer, Shared};
@@ -67,8 +67,6 @@ pub(super) struct Batch<'a> {
     pub(super) mm: &'a Arc<Mm>,
     pub(super) vma: &'a Vma,
     pub(super) owner: Option<OwnerId>,
-    /// As in [`Job`].
-    shares: bool,
     pub(super) range: AddrRange,
     pub(super) flight: Shared<Flight>,
     pub(super) pages: Buffer<Page>,
@@ -80,11 +78,12 @@ pub(super) struct Batch<'a> {
 impl<'a> Batch<'a> {
     /// Locks the entries of every page that may migrate. Once it holds one, it waits for nobody (promise 71).
     pub(super) fn hold(
-        job: &Job<'a>,
+        mm: &'a Arc<Mm>,
+        vma: &'a Vma,
+        request: &MigrateRequest,
         range: AddrRange,
         keep: [Option<AddrRange>; 2],
     ) -> Result<Self> {
-        let Job { mm, vma, request, shares } = *job;
         let no_memory = || Error::NoMemory { what: "lists of a migration" };
         let (held, fate, stay) = (Held::No, Fate::Restore, Stay::NotSelected);
         let blank = Page { held, fate, entry: Entry::SYSTEM, group: None, stay };
@@ -95,7 +94,6 @@ impl<'a> Batch<'a> {
             mm,
             vma,
             owner: request.owner,
-            shares,
             range,
             flight,
             pages: Buffer::new(range.pages(), |_| blank).ok_or_else(no_memory)?,
@@ -122,8 +120,7 @@ impl<'a> Batch<'a> {
                 let what = "64 migrations are under way and none ends";
                 return Err(Error::Busy { address: self.range.start(), what });
             }
-            // What is shared for a fork is shared during it.
-            if !select.contains(Select::SYSTEM) || self.shares {
+            if !select.contains(Select::SYSTEM) {
                 return Ok(());
             }
             mm.check_not_closing()?;
@@ -367,9 +364,7 @@ impl<'a> Batch<'a> {
         }
         match dst.pfn() {
             Some(target) if target.is_device() => {
-                let shares = self.shares;
-                let mut claim =
-                    || devices.find(target).is_some_and(|devmem| shares || devmem.claim(target));
+                let mut claim = || devices.find(target).is_some_and(|devmem| devmem.claim(target));
                 if self.charge(index, group) && claim() {
                     Fate::ToDevice(target)
                 } else {

@@ -165,7 +165,6 @@ impl Batch<'_> {
             address.get(),
             address.get() + count as u64 * crate::addr::PAGE_SIZE as u64,
         );
-        mm.before_home_in_fork(range);
         let progress = mm.engine.give(range, frame, how);
         mm.after_home_in_fork(range);
         for page in index..index + progress.pages {

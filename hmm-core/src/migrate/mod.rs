@@ -7,7 +7,6 @@
 
 mod batch;
 mod land;
-mod share;
 mod take;
 
 use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
@@ -101,7 +100,7 @@ impl Mm {
         self.engine.refresh(request.range);
         src.fill(MigratePfn::default());
         dst.fill(MigratePfn::default());
-        let job = Job { mm: self, vma: &vma, request, shares: false };
+        let job = Job { mm: self, vma: &vma, request };
         let mut done = 0;
         for range in batches(request.range) {
             let here = done..done + range.pages();
@@ -125,8 +124,6 @@ struct Job<'a> {
     mm: &'a Arc<Mm>,
     vma: &'a Vma,
     request: &'a MigrateRequest,
-    /// The destinations are device pages in use, of which a reference each is handed over.
-    shares: bool,
 }
 
 impl Job<'_> {
@@ -140,7 +137,7 @@ impl Job<'_> {
     ) -> Result<[PageSet; BATCH_LEAVES]> {
         let (mm, vma) = (self.mm, self.vma);
         let keep = [memory_of(src), memory_of(dst)];
-        let mut batch = Batch::hold(self, range, keep)?;
+        let mut batch = Batch::hold(mm, vma, self.request, range, keep)?;
         let busy = batch.take_contents()?;
         batch.describe(src);
         if src.iter().any(|page| page.migrates()) {

@@ -27,8 +27,6 @@ pub(super) struct ForkGate {
     opened: Condvar,
     /// A [`ForkMode`].
     mode: AtomicU32,
-    /// Number of the fork under way, or of the last one.
-    number: AtomicU32,
     /// The child could read zeros for data.
     has_holes: AtomicBool,
     /// A fork was seen: private pages may be shared with a child until they are written.
@@ -38,10 +36,6 @@ pub(super) struct ForkGate {
 impl ForkGate {
     pub(super) fn mode(&self) -> ForkMode {
         ForkMode::from_number(self.mode.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn number(&self) -> u32 {
-        self.number.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_mode(&self, mode: ForkMode) {
@@ -80,11 +74,7 @@ impl Mm {
     /// Nothing leaves until the gate is opened again. Everything comes home, if that is the mode. A callback that forks
     /// cannot wait for others: false then.
     pub(crate) fn close_gate_for_fork(&self) -> bool {
-        {
-            let mut closed = self.gate.closed.lock();
-            self.gate.number.fetch_add(1, Ordering::Relaxed);
-            *closed = true;
-        }
+        *self.gate.closed.lock() = true;
         let may_wait = !self.engine.is_service_thread()
             && !self.notifiers.in_callback()
             && self.inflight.count_of_thread(this_thread()) == 0;
@@ -94,12 +84,6 @@ impl Mm {
             self.settle_for_fork(may_wait);
         }
         may_wait
-    }
-
-    /// Everything comes home after all.
-    pub(crate) fn empty_for_fork(&self) {
-        // What does not come home is left out of the child.
-        let _ = self.empty_all_devices();
     }
 
     /// What is still away is left out of the child; what cannot be left out comes home, if this thread may wait for that.

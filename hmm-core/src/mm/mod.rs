@@ -18,7 +18,6 @@ pub(crate) mod vma;
 pub use access::Residency;
 pub(crate) use fork_gate::next_generation;
 pub use fork_mode::ForkMode;
-pub(crate) use fork_mode::put;
 pub use vma::{MmapLock, Vma};
 
 use crate::account::GroupRef;

@@ -107,10 +107,6 @@ pub(crate) struct LeftOut {
     pub(crate) ours: PageSet,
     /// By the program's own.
     pub(crate) programs: PageSet,
-    /// Come home during this fork: children get them.
-    pub(crate) coming: PageSet,
-    /// The number of that fork.
-    pub(crate) fork: u32,
 }
 
 impl Leaf {

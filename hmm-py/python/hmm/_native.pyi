@@ -36,7 +36,7 @@ _Writable: TypeAlias = WriteableBuffer | _Array
 # The same, or (address, nbytes).
 _Memory: TypeAlias = _Readable | tuple[int, int]
 _WritableMemory: TypeAlias = _Writable | tuple[int, int]
-_ForkMode: TypeAlias = Literal["home", "dont-copy", "lazy"]
+_ForkMode: TypeAlias = Literal["home", "dont-copy"]
 _Policy: TypeAlias = Literal["never", "on_request", "on_touch"]
 
 PAGE_SIZE: Final[int]

@@ -11,16 +11,12 @@
 //! Forks of several threads take turns, and the library's process-wide locks are held across each of them, so that no
 //! child inherits one of them taken by a thread that it lacks.
 
-mod lazy;
-mod legacy;
-mod wire;
-
 use crate::account;
 use crate::arena::{self, Buffer};
 use crate::devmem::WindowsHeld;
-use crate::mm::{ForkMode, Mm, next_generation};
+use crate::engine::HandlersHeld;
+use crate::mm::{Mm, next_generation};
 use crate::sync::{Mutex, MutexGuard};
-use lazy::{Bequest, Heirs};
 use std::cell::UnsafeCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,17 +26,16 @@ static INSTALLED: AtomicBool = AtomicBool::new(false);
 static TURN: Mutex<()> = Mutex::new(());
 static UNDER_WAY: UnderWay = UnderWay(UnsafeCell::new(None));
 
-/// What a fork holds.
+/// What a fork holds, in the order in which it lets go.
 struct Held {
     /// In the arena: a child uses it, whatever it got of the heap. Nothing without memory.
     gates: Option<Buffer<Option<Arc<Mm>>>>,
-    bequests: Vec<Bequest>,
-    heirs: Heirs,
     windows: WindowsHeld,
-    open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
-    current: MutexGuard<'static, Option<Arc<Mm>>>,
-    groups: MutexGuard<'static, ()>,
-    turn: MutexGuard<'static, ()>,
+    handlers: HandlersHeld,
+    _groups: MutexGuard<'static, ()>,
+    _open: MutexGuard<'static, Vec<std::sync::Weak<Mm>>>,
+    _current: MutexGuard<'static, Option<Arc<Mm>>>,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Held {
@@ -74,16 +69,24 @@ extern "C" fn prepare() {
     let turn = TURN.lock();
     // An mm that another thread is opening is either in the list by now, or has nothing on a device yet.
     let current = Mm::lock_current();
-    let heirs = lazy::lock();
-    let mut bequests = Vec::new();
     let gates = all_gates();
     for mm in gates.iter().flat_map(|gates| gates.iter()).flatten() {
-        close_gate(mm, &heirs, &mut bequests);
+        // What is away comes home, or is left out.
+        let may_wait = mm.close_gate_for_fork();
+        mm.leave_out_for_fork(may_wait);
     }
     let open = Mm::lock_list();
     let windows = WindowsHeld::take();
-    let groups = account::lock_for_fork();
-    UNDER_WAY.replace(Some(Held { gates, bequests, heirs, windows, open, current, groups, turn }));
+    let (groups, handlers) = (account::lock_for_fork(), HandlersHeld::take());
+    UNDER_WAY.replace(Some(Held {
+        gates,
+        windows,
+        handlers,
+        _groups: groups,
+        _open: open,
+        _current: current,
+        _turn: turn,
+    }));
     // Nothing is allocated or given back from here on.
     arena::lock_for_fork();
 }
@@ -93,28 +96,10 @@ fn all_gates() -> Option<Buffer<Option<Arc<Mm>>>> {
     Buffer::new(open_ones.len(), |_| open_ones.next())
 }
 
-/// What is away comes home, is shared, or is left out.
-fn close_gate(mm: &Arc<Mm>, heirs: &Heirs, bequests: &mut Vec<Bequest>) {
-    let may_wait = mm.close_gate_for_fork();
-    if may_wait && mm.fork_mode() == ForkMode::Lazy {
-        match Bequest::make(mm, heirs) {
-            Ok(bequest) => bequests.extend(bequest),
-            // As good a copy, only later.
-            Err(_) => mm.empty_for_fork(),
-        }
-    }
-    mm.leave_out_for_fork(may_wait);
-}
-
 extern "C" fn parent() {
     arena::unlock_after_fork();
     let Some(held) = UNDER_WAY.replace(None) else { return };
     held.gates().for_each(|mm| mm.open_gate_after_fork());
-    let Held { bequests, mut heirs, windows, open, current, groups, turn, .. } = held;
-    // First of all: a touch of a page that is away needs them, and what follows may touch one.
-    drop((windows, open, current, groups));
-    bequests.into_iter().for_each(|bequest| bequest.hand_over(&mut heirs));
-    drop((heirs, turn));
 }
 
 extern "C" fn child() {
@@ -126,16 +111,11 @@ extern "C" fn child() {
         end_child();
     }
     held.gates().for_each(|mm| mm.engine.disown());
-    let Held { gates, bequests, mut heirs, mut windows, open, current, groups, turn } = held;
+    let Held { gates, mut windows, handlers, .. } = held;
     // The inherited objects stay as they are: their threads do not exist here, so nothing may wait for them.
     let _gates = std::mem::ManuallyDrop::new(gates);
     windows.disown();
-    lazy::disown(&mut heirs);
-    drop((heirs, windows, open, current, groups, turn));
-    for bequest in bequests {
-        let (socket, store, runs) = bequest.accept();
-        legacy::take_over(socket, store, &runs);
-    }
+    handlers.disown();
 }
 
 /// Better no child than one that reads zeros for data.
