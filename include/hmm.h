@@ -67,7 +67,8 @@
  *    before hmm_mm_current(). A program that installs one later gets the library's signals until
  *    the next migration, unless it was started with libhmm_preload.so. Threads that touch memory
  *    which may be on a device do not block these signals.
- *  - fork() brings every page home first. In the child the address space of the parent is dead
+ *  - fork() brings every page home first, or leaves pages on devices out of the child: see
+ *    hmm_mm_set_fork_mode(). In the child the address space of the parent is dead
  *    (-ENODEV); hmm_mm_current() opens one of the child's own.
  *  - The library stays loaded once it is: dlclose() does not unload it.
  *
@@ -254,6 +255,15 @@ enum hmm_pfn_value_e {
 
 /** A memory group without a limit of its own: the word "max" in cgroup files. */
 #define HMM_GROUP_NO_LIMIT UINT64_MAX
+
+/* What children of fork() get of pages that are on a device, for hmm_mm_set_fork_mode(). */
+/** A copy: every page comes home before the fork. The default. */
+#define HMM_FORK_HOME 0
+/**
+ * Nothing: the pages stay where they are, and the child has no mapping there (a touch of its is
+ * SIGSEGV). For children that do not need the data, such as those that call exec() at once.
+ */
+#define HMM_FORK_DONT_COPY 1
 
 /* When the soft device takes pages. */
 /** When hmm_soft_migrate() asks for it, and for atomic operations. */
@@ -1004,6 +1014,35 @@ bool hmm_mm_peek(struct mm_struct *mm, const void *addr, void *buffer, size_t le
  * Source: ours; stands for an access through the device's page table.
  */
 bool hmm_mm_poke(struct mm_struct *mm, void *addr, const void *buffer, size_t length);
+
+/**
+ * Sets what children of fork() get of pages that are on a device, from the next fork on.
+ *
+ * In every mode a child never reads zeros for data. What does not come home, because its device
+ * fails or fork() is called inside a callback, is left out of the child as HMM_FORK_DONT_COPY
+ * leaves it out.
+ *
+ * @param mm    The address space.
+ * @param mode  HMM_FORK_HOME (the default) or HMM_FORK_DONT_COPY.
+ * @return 0, or:
+ *  - -EINVAL: mm is no live handle, or there is no such mode;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours; compare MADV_DONTFORK of madvise(2).
+ */
+int hmm_mm_set_fork_mode(struct mm_struct *mm, int mode);
+
+/**
+ * Tells what children of fork() get of pages that are on a device.
+ *
+ * @param mm  The address space.
+ * @return HMM_FORK_HOME or HMM_FORK_DONT_COPY; -EINVAL when mm is no live handle.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: ours.
+ */
+int hmm_mm_fork_mode(const struct mm_struct *mm);
 
 /**
  * Lets whoever touches an absent page of a range bring it home itself, in a handler of SIGBUS,

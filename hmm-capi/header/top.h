@@ -59,7 +59,8 @@
  *    before hmm_mm_current(). A program that installs one later gets the library's signals until
  *    the next migration, unless it was started with libhmm_preload.so. Threads that touch memory
  *    which may be on a device do not block these signals.
- *  - fork() brings every page home first. In the child the address space of the parent is dead
+ *  - fork() brings every page home first, or leaves pages on devices out of the child: see
+ *    hmm_mm_set_fork_mode(). In the child the address space of the parent is dead
  *    (-ENODEV); hmm_mm_current() opens one of the child's own.
  *  - The library stays loaded once it is: dlclose() does not unload it.
  *
@@ -246,6 +247,15 @@ enum hmm_pfn_value_e {
 
 /** A memory group without a limit of its own: the word "max" in cgroup files. */
 #define HMM_GROUP_NO_LIMIT UINT64_MAX
+
+/* What children of fork() get of pages that are on a device, for hmm_mm_set_fork_mode(). */
+/** A copy: every page comes home before the fork. The default. */
+#define HMM_FORK_HOME 0
+/**
+ * Nothing: the pages stay where they are, and the child has no mapping there (a touch of its is
+ * SIGSEGV). For children that do not need the data, such as those that call exec() at once.
+ */
+#define HMM_FORK_DONT_COPY 1
 
 /* When the soft device takes pages. */
 /** When hmm_soft_migrate() asks for it, and for atomic operations. */

@@ -1,11 +1,14 @@
 //! `struct mm_struct`: the address space of this process, its engine and plain accesses.
 
-// The path is where the module would be anyway; the header's generator needs it to find the file.
+// The paths are where the modules would be anyway; the header's generator needs it to find the file.
+#[path = "mm/fork.rs"]
+mod fork;
 #[path = "mm/inline.rs"]
 mod inline;
 #[path = "mm/present.rs"]
 mod present;
 
+pub use fork::*;
 pub use inline::*;
 pub use present::*;
 

@@ -173,25 +173,26 @@ impl State {
     }
 }
 
-struct HeldForFork(MutexGuard<'static, State>);
+struct HeldForFork {
+    _state: MutexGuard<'static, State>,
+    _outside: MutexGuard<'static, Outside>,
+}
 
 // SAFETY: the thread that forks puts the guard away and takes it back; in the child that thread is the only one.
 unsafe impl Send for HeldForFork {}
 
 static FORK: Mutex<Option<HeldForFork>> = Mutex::new(None);
 
-/// Takes the arena's lock across a fork, so that the child does not inherit it locked by a thread that it lacks.
+/// Takes the arena's locks across a fork, so that the child does not inherit them locked by a thread that it lacks.
 pub(crate) fn lock_for_fork() {
-    let guard = STATE.lock();
-    *FORK.lock() = Some(HeldForFork(guard));
+    let outside = OUTSIDE.lock();
+    *FORK.lock() = Some(HeldForFork { _state: STATE.lock(), _outside: outside });
 }
 
-/// Releases it, in parent and child.
+/// Releases them, in parent and child.
 pub(crate) fn unlock_after_fork() {
     let held = FORK.lock().take();
-    if let Some(HeldForFork(guard)) = held {
-        drop(guard);
-    }
+    drop(held);
 }
 
 /// Class index and block size for a layout, or `None` when it is too large or too strictly aligned.
@@ -411,8 +412,11 @@ impl<T> List<T> {
     }
 }
 
+/// Bounds of objects.
+type Outside = [(u64, u64); OBJECTS];
+
 /// Long-lived objects of the library that lie in the program's heap, because the program holds them by `Arc`.
-static OUTSIDE: Mutex<[(u64, u64); OBJECTS]> = Mutex::new([(0, 0); OBJECTS]);
+static OUTSIDE: Mutex<Outside> = Mutex::new([(0, 0); OBJECTS]);
 
 /// Keeps an object (and the counts in front of it) from migrating, in every mm. False when there are too many.
 pub(crate) fn keep_object<T: ?Sized>(object: &Arc<T>) -> bool {

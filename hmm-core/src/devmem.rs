@@ -8,7 +8,7 @@ use crate::arena::{self, Buffer};
 use crate::error::{Error, Result};
 use crate::limits::{DEVICE_WINDOW_SHIFT, DEVICES};
 use crate::ops::{DevmemOps, OwnerId};
-use crate::sync::{Condvar, Mutex, RwLock};
+use crate::sync::{Condvar, Mutex, RwLock, RwLockWriteGuard};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -24,6 +24,8 @@ pub struct Devmem {
     pages: Buffer<PageDescriptor>,
     in_use: AtomicUsize,
     removing: AtomicBool,
+    /// It is the parent's: this process was forked since.
+    inherited: AtomicBool,
     all_free: (Mutex<()>, Condvar),
 }
 
@@ -60,6 +62,7 @@ impl Devmem {
                     pages: descriptors,
                     in_use: AtomicUsize::new(0),
                     removing: AtomicBool::new(false),
+                    inherited: AtomicBool::new(false),
                     all_free: (Mutex::new(()), Condvar::new()),
                 });
                 if !arena::keep_object(&devmem) {
@@ -130,6 +133,11 @@ impl Devmem {
 
     pub(crate) fn ops(&self) -> &Arc<dyn DevmemOps> {
         &self.ops
+    }
+
+    /// Whether it belongs to the parent, from which this process was forked.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.inherited.load(Ordering::Relaxed)
     }
 
     pub(crate) fn start_removing(&self) -> bool {
@@ -205,6 +213,23 @@ impl Devmem {
         if self.in_use.fetch_sub(1, Ordering::AcqRel) == 1 {
             let _guard = self.all_free.0.lock();
             self.all_free.1.notify_all();
+        }
+    }
+}
+
+/// All windows, held across a fork, so that no child inherits one of them taken.
+pub(crate) struct WindowsHeld([RwLockWriteGuard<'static, Option<Arc<Devmem>>>; DEVICES]);
+
+impl WindowsHeld {
+    pub(crate) fn take() -> Self {
+        Self(std::array::from_fn(|window| WINDOWS[window].write()))
+    }
+
+    /// In the child: the devices are the parent's. Nothing of them is taken down here, and their windows are free.
+    pub(crate) fn disown(&mut self) {
+        for devmem in self.0.iter_mut().filter_map(|window| window.take()) {
+            devmem.inherited.store(true, Ordering::Relaxed);
+            let _ = Arc::into_raw(devmem);
         }
     }
 }

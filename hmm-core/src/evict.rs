@@ -39,9 +39,12 @@ impl Devmem {
     /// the call returns when all pages are free (`hmm_devmem_remove`, promise 54). Blocks; not for callbacks.
     ///
     /// # Errors
-    /// `Invalid` when it was removed already; what bringing home says, or `Busy` when pages stay in use past the
-    /// deadline: the memory is in service again then.
+    /// `Gone` in a forked child, whose parent has the device; `Invalid` when it was removed already; what bringing home
+    /// says, or `Busy` when pages stay in use past the deadline: the memory is in service again then.
     pub fn remove(&self) -> Result<()> {
+        if self.is_inherited() {
+            return Err(Error::Gone { what: "this device memory belongs to the parent process" });
+        }
         if !self.start_removing() {
             return Err(Error::invalid(0, "this device memory was removed already"));
         }

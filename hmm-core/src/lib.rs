@@ -45,7 +45,7 @@ pub use flags::{
     Capabilities, FaultFlags, MigrateFlags, MigratePfn, PfnEntry, PfnFlags, Protection, Select,
 };
 pub use migrate::{MigrateBatch, MigrateRequest};
-pub use mm::{Mm, MmapLock, Notifier, PresentGuard, RangeTracker, Residency, Vma};
+pub use mm::{ForkMode, Mm, MmapLock, Notifier, PresentGuard, RangeTracker, Residency, Vma};
 pub use ops::{
     CpuFault, DevmemOps, FaultError, InvalidateEvent, Invalidation, MigrateOps, NotifierOps,
     OwnerId,

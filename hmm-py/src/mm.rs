@@ -1,13 +1,14 @@
 //! `hmm.Mm`: the address space of this process.
 
 use crate::counters;
-use crate::error::detached;
+use crate::error::{detached, to_python};
 use crate::group::MemoryGroup;
 use crate::guard::Guard;
 use crate::memory::Memory;
 use crate::pin::Pin;
 use crate::registry;
-use hmm_core::Residency;
+use hmm_core::{ForkMode, Residency};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::sync::Arc;
@@ -24,6 +25,9 @@ pub(crate) const RESIDENCY_MIGRATING: u8 = 3;
 pub(crate) const RESIDENCY_POISONED: u8 = 4;
 /// Not mapped.
 pub(crate) const RESIDENCY_UNMAPPED: u8 = 5;
+
+const FORK_MODES: [(&str, ForkMode); 2] =
+    [("home", ForkMode::Home), ("dont-copy", ForkMode::DontCopy)];
 
 fn residency_code(residency: Residency) -> u8 {
     match residency {
@@ -80,6 +84,28 @@ impl Mm {
     #[getter]
     fn capabilities(&self) -> Vec<&'static str> {
         self.inner.capabilities().iter_names().map(|(name, _)| name).collect()
+    }
+
+    /// What children of a fork get of memory that is on a device, from the next fork on:
+    ///
+    /// - `"home"` (the default): a copy. Every page comes home before the fork.
+    /// - `"dont-copy"`: nothing. The pages stay on their devices, and the child has no mapping there: a touch of its kills
+    ///   it with SIGSEGV. For children that do not need the data.
+    ///
+    /// `subprocess` forks only with `preexec_fn` and a few other options; else it is a `vfork`, which needs nothing of this.
+    #[getter]
+    fn fork_mode(&self) -> &'static str {
+        let mode = self.inner.fork_mode();
+        FORK_MODES.iter().find(|one| one.1 == mode).map_or("home", |one| one.0)
+    }
+
+    #[setter]
+    fn set_fork_mode(&self, mode: &str) -> PyResult<()> {
+        let Some((_, known)) = FORK_MODES.iter().find(|one| one.0 == mode) else {
+            let names = FORK_MODES.map(|one| one.0).join(", ");
+            return Err(PyValueError::new_err(format!("fork_mode is one of {names}, not {mode}")));
+        };
+        self.inner.set_fork_mode(*known).map_err(to_python)
     }
 
     /// The counters of the mm by name.

@@ -39,6 +39,7 @@ const UNSAFE: &[&str] = &[
     "hmm-core/src/engine/uffd/inline.rs",
     "hmm-core/src/engine/uffd/mod.rs",
     "hmm-core/src/engine/uffd/open.rs",
+    "hmm-core/src/engine/uffd/pages.rs",
     "hmm-core/src/engine/uffd/service.rs",
     "hmm-capi/src/",
     "hmm-preload/src/",

@@ -166,11 +166,16 @@ impl SoftDevice {
     }
 
     /// Takes the device down: refuses new jobs, lets those that wait end (for 10 s, then they are stopped), brings all
-    /// pages home, and removes the mirror and the device memory. Idempotent; after an error it may be called again.
+    /// pages home, and removes the mirror and the device memory. Idempotent; after an error it may be called again. Does
+    /// nothing in a forked child: the device is the parent's.
     ///
     /// # Errors
     /// `Busy` when a job does not end, or pages do not come home.
     pub fn close(&self) -> Result<()> {
+        if self.driver.mm.is_inherited() {
+            // The threads are the parent's, and locks may be held by them for ever.
+            return Ok(());
+        }
         let mut open = self.open.lock();
         self.queue.close();
         self.stop_jobs()?;
@@ -206,6 +211,9 @@ impl SoftDevice {
     }
 
     fn check_open(&self) -> Result<()> {
+        if self.driver.mm.is_inherited() {
+            return Err(Error::Gone { what: "this device belongs to the parent process" });
+        }
         if self.queue.is_closed() { Err(closed()) } else { Ok(()) }
     }
 }

@@ -347,6 +347,22 @@ impl Engine for MixedEngine {
         self.uffd.answer_inline(range, inline)
     }
 
+    fn disown(&self) {
+        self.uffd.disown();
+    }
+
+    fn leave_out_of_children(&self, range: AddrRange, out: bool) -> Result<()> {
+        self.uffd.leave_out_of_children(range, out)
+    }
+
+    fn each_left_out_of_children(&self, report: &mut dyn FnMut(AddrRange)) {
+        self.uffd.each_left_out_of_children(report);
+    }
+
+    fn hides_pages_at_home(&self, leaf: AddrRange) -> bool {
+        self.in_use() && self.files.hides_pages_at_home(leaf)
+    }
+
     fn is_service_thread(&self) -> bool {
         self.uffd.is_service_thread() || self.files.is_service_thread()
     }

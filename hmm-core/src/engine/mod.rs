@@ -11,7 +11,7 @@ mod threads;
 mod trap;
 pub mod uffd;
 
-pub(crate) use trap::program_action;
+pub(crate) use trap::{HandlersHeld, program_action};
 
 use crate::addr::{AddrRange, VirtAddr};
 use crate::error::{Error, Result};
@@ -357,6 +357,22 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
         let what =
             format!("the {name} engine answers all touches alike; inline ranges need userfaultfd");
         Err(Error::Unsupported { what })
+    }
+    /// In a forked child: lets go of what would keep the parent's memory watched after the parent stopped its engine.
+    /// Takes no lock.
+    fn disown(&self) {}
+    /// Leaves a range, which lies in one mapping, out of the children that are forked from now on, or takes it back in.
+    ///
+    /// # Errors
+    /// `NoMemory` when there are too many mappings.
+    fn leave_out_of_children(&self, _range: AddrRange, _out: bool) -> Result<()> {
+        Ok(())
+    }
+    /// Reports what children do not get now.
+    fn each_left_out_of_children(&self, _report: &mut dyn FnMut(AddrRange)) {}
+    /// Whether pages of a leaf are at home and nevertheless out of reach, so that a child could not reach them.
+    fn hides_pages_at_home(&self, _leaf: AddrRange) -> bool {
+        false
     }
     /// Whether the calling thread is one of the engine's own (it must then never wait for the others).
     fn is_service_thread(&self) -> bool;

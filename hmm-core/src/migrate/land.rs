@@ -166,6 +166,7 @@ impl Batch<'_> {
             address.get() + count as u64 * crate::addr::PAGE_SIZE as u64,
         );
         let progress = mm.engine.give(range, frame, how);
+        mm.after_home_in_fork(range);
         for page in index..index + progress.pages {
             if how == Give::Move {
                 let (leaf, slot) = self.slot_of(page);

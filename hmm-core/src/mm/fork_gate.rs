@@ -1,6 +1,6 @@
 //! Keeps pages at home while the process forks.
 
-use super::Mm;
+use super::{ForkMode, Mm};
 use crate::error::{Error, Result};
 use crate::limits::DEADLINE;
 use crate::sync::{Condvar, Mutex, this_thread};
@@ -25,8 +25,22 @@ pub(crate) fn next_generation() {
 pub(super) struct ForkGate {
     closed: Mutex<bool>,
     opened: Condvar,
+    /// A [`ForkMode`].
+    mode: AtomicU32,
+    /// The child could read zeros for data.
+    has_holes: AtomicBool,
     /// A fork was seen: private pages may be shared with a child until they are written.
     has_forked: AtomicBool,
+}
+
+impl ForkGate {
+    pub(super) fn mode(&self) -> ForkMode {
+        ForkMode::from_number(self.mode.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_mode(&self, mode: ForkMode) {
+        self.mode.store(mode as u32, Ordering::Relaxed);
+    }
 }
 
 impl Mm {
@@ -57,18 +71,34 @@ impl Mm {
         Ok(())
     }
 
-    /// Every page comes home, and stays until the gate is opened again. A device that does not give its pages back is
-    /// reported by the touch in the parent as ever; the child has the same hole.
-    pub(crate) fn close_gate_for_fork(&self) {
-        if self.engine.is_service_thread() || self.notifiers.in_callback() {
-            return;
-        }
+    /// Nothing leaves until the gate is opened again. Everything comes home, if that is the mode. A callback that forks
+    /// cannot wait for others: false then.
+    pub(crate) fn close_gate_for_fork(&self) -> bool {
         *self.gate.closed.lock() = true;
-        self.gate.has_forked.store(true, Ordering::Release);
-        let _ = self.empty_all_devices();
+        let may_wait = !self.engine.is_service_thread()
+            && !self.notifiers.in_callback()
+            && self.inflight.count_of_thread(this_thread()) == 0;
+        if may_wait && self.gate.mode() == ForkMode::Home {
+            let _ = self.empty_all_devices();
+        } else {
+            self.settle_for_fork(may_wait);
+        }
+        may_wait
+    }
+
+    /// What is still away is left out of the child; what cannot be left out comes home, if this thread may wait for that.
+    pub(crate) fn leave_out_for_fork(&self, may_wait: bool) {
+        let is_safe = self.leave_out_what_is_away(may_wait);
+        self.gate.has_holes.store(!is_safe, Ordering::Relaxed);
+    }
+
+    /// In the child: whether it could read zeros for data that was away.
+    pub(crate) fn child_has_holes(&self) -> bool {
+        self.gate.has_holes.load(Ordering::Relaxed)
     }
 
     pub(crate) fn open_gate_after_fork(&self) {
+        self.take_back_in();
         *self.gate.closed.lock() = false;
         self.gate.opened.notify_all();
     }

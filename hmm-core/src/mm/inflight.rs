@@ -157,6 +157,34 @@ impl InFlight {
         self.flights.lock().iter().all(Option::is_none)
     }
 
+    /// The migrations of other threads that are under way now.
+    pub(crate) fn of_others(&self, thread: usize) -> [Option<Shared<Flight>>; MIGRATIONS] {
+        let flights = self.flights.lock();
+        std::array::from_fn(|place| {
+            flights[place].as_ref().filter(|one| one.thread != thread).cloned()
+        })
+    }
+
+    /// Waits until none of some migrations is under way any more. False when the time is over before.
+    pub(crate) fn wait_for(
+        &self,
+        some: &[Option<Shared<Flight>>; MIGRATIONS],
+        time: Duration,
+    ) -> bool {
+        let deadline = Instant::now() + time;
+        let mut flights = self.flights.lock();
+        let is_wanted =
+            |one: &Shared<Flight>| some.iter().flatten().any(|wanted| wanted.is_same(one));
+        while flights.iter().flatten().any(is_wanted) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            flights = self.landed.wait_for(flights, left);
+        }
+        true
+    }
+
     /// Pages in `from` are gone (`to` is none) or are mapped from `to` on. Layout lock held for writing.
     pub(crate) fn redirect(&self, from: AddrRange, to: Option<VirtAddr>) {
         for flight in self.flights.lock().iter().flatten() {

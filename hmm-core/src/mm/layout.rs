@@ -236,6 +236,7 @@ impl Mm {
         let target = AddrRange::from_bounds(to.get(), to.get() + from.len());
         self.forget(target, true, doomed);
         self.inflight.redirect(from, Some(to));
+        self.move_left_out(from, to);
         for leaf in self.table.leaves(from) {
             leaf.absence_watched.store(false, Ordering::Release);
             for page in pages_of(leaf, from) {

@@ -5,6 +5,7 @@ pub(crate) mod changes;
 mod charges;
 mod faults;
 mod fork_gate;
+mod fork_mode;
 pub(crate) mod frames;
 pub(crate) mod inflight;
 mod inline;
@@ -16,6 +17,7 @@ pub(crate) mod vma;
 
 pub use access::Residency;
 pub(crate) use fork_gate::next_generation;
+pub use fork_mode::ForkMode;
 pub use vma::{MmapLock, Vma};
 
 use crate::account::GroupRef;
@@ -154,8 +156,9 @@ impl Mm {
         Ok(())
     }
 
-    /// Whether a fork lies between the opening and this process: the service threads are the parent's.
-    pub(crate) fn is_inherited(&self) -> bool {
+    /// Whether a fork lies between the opening and this process: the mm and its threads are the parent's, and calls on it
+    /// say `Gone`. Takes no lock.
+    pub fn is_inherited(&self) -> bool {
         self.generation != fork_gate::generation()
     }
 

@@ -4,6 +4,7 @@
 
 use crate::account::GroupId;
 use crate::addr::{AddrRange, LEAF_PAGES, LEAF_SIZE, Pfn, VirtAddr};
+use crate::page_set::PageSet;
 use crate::sparse::SparseTable;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use std::fmt;
@@ -95,6 +96,17 @@ pub(crate) struct Leaf {
     next_hole: AtomicU32,
     /// The whole leaf's absence is watched; an unmap of any part takes it back.
     pub(crate) absence_watched: AtomicBool,
+    /// Pages that the child of a fork under way does not get.
+    pub(crate) left_out: Mutex<LeftOut>,
+}
+
+/// Pages of one leaf that children do not get.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct LeftOut {
+    /// By the library's doing, for the time of one fork.
+    pub(crate) ours: PageSet,
+    /// By the program's own.
+    pub(crate) programs: PageSet,
 }
 
 impl Leaf {
@@ -105,6 +117,7 @@ impl Leaf {
             unlocked: Condvar::new(),
             next_hole: AtomicU32::new(0),
             absence_watched: AtomicBool::new(false),
+            left_out: Mutex::new(LeftOut::default()),
         }
     }
 

@@ -2,6 +2,7 @@
 //! that work on real memory.
 
 mod abi;
+pub(super) mod children;
 mod mappings;
 pub(super) mod memory;
 mod presence;

@@ -11,6 +11,14 @@ use crate::flags::Protection;
 const LOOKS: usize = 64;
 
 impl Protector {
+    /// As [`crate::engine::Engine::hides_pages_at_home`].
+    pub(super) fn hides_pages_at_home(&self, leaf: AddrRange) -> bool {
+        let state = self.hidden.leaf(leaf.start()).map(|leaf| *leaf.lock());
+        state.is_some_and(|state| {
+            !state.hidden.without(&state.away).without(&state.poisoned).is_empty()
+        })
+    }
+
     /// The mapping as the program made it: hidden pages show the access that they had.
     pub(super) fn mapping_at(&self, addr: VirtAddr) -> Result<Option<Mapping>> {
         let (mut found, mut hidden) = (self.mappings.at(addr)?, self.hidden.contains(addr));

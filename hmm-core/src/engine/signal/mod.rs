@@ -17,6 +17,7 @@ mod withdraw;
 
 pub(super) use beside::Follower;
 
+use super::linux::children;
 use super::linux::memory::{self, Memory, Reserved};
 use super::linux::strangers;
 use super::trap::{Access, Claim, Owner, PAUSE, Signal, Trap, copy};
@@ -389,6 +390,18 @@ impl Engine for SignalEngine {
 
     fn check_ready(&self, _range: AddrRange) -> Result<()> {
         self.trap.renew()
+    }
+
+    fn leave_out_of_children(&self, range: AddrRange, out: bool) -> Result<()> {
+        children::leave_out(range, out)
+    }
+
+    fn each_left_out_of_children(&self, report: &mut dyn FnMut(AddrRange)) {
+        children::each_left_out(report);
+    }
+
+    fn hides_pages_at_home(&self, leaf: AddrRange) -> bool {
+        self.common.protector.hides_pages_at_home(leaf)
     }
 
     fn is_service_thread(&self) -> bool {

@@ -7,7 +7,7 @@ use crate::addr::VirtAddr;
 use crate::arena;
 use crate::engine::say;
 use crate::error::{Error, Result};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -79,6 +79,11 @@ impl State {
 
 static SEGV: State = State::new();
 static BUS: State = State::new();
+
+/// Held across a fork, so that the child can install its own handler.
+pub(super) fn lock_for_fork() -> [MutexGuard<'static, ()>; 2] {
+    [SEGV.changing.lock(), BUS.changing.lock()]
+}
 
 type Handler = unsafe extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
 

@@ -66,6 +66,11 @@ impl Inside {
     }
 }
 
+/// In the child of a fork: no thread of the parent's is inside.
+pub(super) fn forget_after_fork() {
+    INSIDE.iter().for_each(Inside::leave);
+}
+
 /// A signal that was sent while this thread is in the program's handler: who raises it itself wants the default action.
 /// Looked at first of all, since the stack may be short by now.
 pub(super) fn is_raised_inside() -> bool {

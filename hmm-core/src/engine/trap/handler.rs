@@ -7,7 +7,7 @@ use crate::addr::VirtAddr;
 use crate::engine::{lost, threads};
 use crate::error::{Error, Result};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 /// Engines with traps that may be open at once.
 const TRAPS: usize = 16;
@@ -23,6 +23,9 @@ struct Slot {
 
 static SLOTS: [Slot; TRAPS] =
     [const { Slot { trap: AtomicPtr::new(ptr::null_mut()), users: AtomicUsize::new(0) } }; TRAPS];
+
+/// How many forks lie between the first process of the family and this one.
+static FORKS: AtomicU32 = AtomicU32::new(0);
 
 /// What a trap says to a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,13 +82,26 @@ pub(super) fn renew(signals: &[Signal]) -> Result<()> {
     signals.iter().try_for_each(|signal| actions::renew(*signal, on_signal))
 }
 
+/// In the child of a fork: the traps are the parent's, and so are the handlers that use them, but for the one perhaps
+/// inside of which the fork was made.
+pub(super) fn forget_after_fork() {
+    FORKS.fetch_add(1, Ordering::SeqCst);
+    for slot in &SLOTS {
+        slot.trap.store(ptr::null_mut(), Ordering::SeqCst);
+        slot.users.store(0, Ordering::SeqCst);
+    }
+}
+
 fn ask_traps(access: &Access) -> Verdict {
+    let forks = FORKS.load(Ordering::SeqCst);
     for slot in &SLOTS {
         slot.users.fetch_add(1, Ordering::SeqCst);
         // SAFETY: the trap is in its place, and `remove` waits for this user of it.
         let trap = unsafe { slot.trap.load(Ordering::SeqCst).as_ref() };
         let verdict = trap.map_or(Verdict::Stranger, |trap| trap.on_access(access));
-        slot.users.fetch_sub(1, Ordering::SeqCst);
+        if FORKS.load(Ordering::SeqCst) == forks {
+            slot.users.fetch_sub(1, Ordering::SeqCst);
+        }
         if verdict != Verdict::Stranger {
             return verdict;
         }

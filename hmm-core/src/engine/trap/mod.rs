@@ -22,7 +22,7 @@ use super::{FaultEvent, FaultSink, Resolution, say, threads};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::Shared;
 use crate::error::{Error, Result};
-use crate::sync::{Mutex, RwLock, this_thread};
+use crate::sync::{Mutex, MutexGuard, RwLock, this_thread};
 use handler::Verdict;
 use handover::Handover;
 use parking::Parking;
@@ -277,6 +277,28 @@ impl Trap {
         if ended.is_err() {
             std::process::abort();
         }
+    }
+}
+
+/// The handler's process-wide state, held across a fork.
+pub(crate) struct HandlersHeld([MutexGuard<'static, ()>; 2]);
+
+impl std::fmt::Debug for HandlersHeld {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HandlersHeld({})", self.0.len())
+    }
+}
+
+impl HandlersHeld {
+    /// No child inherits it taken.
+    pub(crate) fn take() -> Self {
+        Self(actions::lock_for_fork())
+    }
+
+    /// In the child: the parent's engines answer nothing here, and wait for nobody.
+    pub(crate) fn disown(&self) {
+        handler::forget_after_fork();
+        chain::forget_after_fork();
     }
 }
 

@@ -22,7 +22,7 @@ mod service;
 pub use open::{Feature, features};
 
 use super::linux::memory::{self, Memory, Reserved};
-use super::linux::{Mappings, Presence};
+use super::linux::{Mappings, Presence, children};
 use super::trap::{Trap, copy};
 use super::{
     Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Stop, VmaKind, Watch,
@@ -39,7 +39,6 @@ use once_cell::sync::OnceCell;
 use open::Mode;
 use pages::Pages;
 use rustix::event::EventfdFlags;
-use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use second::{Second, registration_failed};
 use service::Service;
@@ -113,26 +112,6 @@ impl UffdEngine {
             touchers: OnceCell::new(),
             frame_areas: Mutex::new(Vec::new()),
         })
-    }
-
-    /// Ends every registration at once. The number stays taken (by the stop event), so that a late call on it fails
-    /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
-    fn close_descriptor(&self, pages: &Pages, stop: &OwnedFd) {
-        let (other, mine) = (stop.as_raw_fd(), pages.descriptor.as_raw_fd());
-        // SAFETY: both numbers are open descriptors of this engine.
-        if unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) } < 0 {
-            // Its number is above a limit that was lowered meanwhile.
-            self.unregister_everything(pages);
-        }
-    }
-
-    fn unregister_everything(&self, pages: &Pages) {
-        let mut next = VirtAddr::new(0);
-        while let Ok(Some(mapping)) = self.pages.mappings.at(next) {
-            // Mappings that were never registered refuse.
-            let _ = pages.unregister(mapping.range);
-            next = mapping.range.end();
-        }
     }
 
     /// Bits of a registration.
@@ -244,9 +223,9 @@ impl Engine for UffdEngine {
         for inline in [self.inline.as_ref(), self.touchers.get()].into_iter().flatten() {
             inline.trap.stop();
         }
-        self.close_descriptor(&self.pages, self.service.stop_descriptor());
+        self.pages.close(self.service.stop_descriptor());
         if let Some(second) = self.service.second() {
-            self.close_descriptor(&second.pages, &second.stop);
+            second.pages.close(&second.stop);
         }
         self.frame_areas.lock().clear();
     }
@@ -482,6 +461,23 @@ impl Engine for UffdEngine {
             (None, Some(second)) if second.ranges.overlaps(range) => second.trap.renew(),
             _ => Ok(()),
         }
+    }
+
+    fn disown(&self) {
+        // As long as the child has it, whoever unmaps memory of the parent's waits for a reader.
+        let first = (&self.pages, self.service.stop_descriptor());
+        let second = self.service.second().map(|second| (&second.pages, &second.stop));
+        for (pages, stop) in std::iter::once(first).chain(second) {
+            pages.close_in_this_process(stop);
+        }
+    }
+
+    fn leave_out_of_children(&self, range: AddrRange, out: bool) -> Result<()> {
+        children::leave_out(range, out)
+    }
+
+    fn each_left_out_of_children(&self, report: &mut dyn FnMut(AddrRange)) {
+        children::each_left_out(report);
     }
 
     fn is_service_thread(&self) -> bool {

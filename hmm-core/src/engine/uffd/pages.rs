@@ -5,7 +5,7 @@ use crate::addr::{AddrRange, PAGE_SHIFT, PAGE_SIZE, VirtAddr};
 use crate::arena::Shared;
 use crate::engine::linux::Mappings;
 use crate::engine::{Give, Progress, Stop};
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 
 const ZERO_PAGES: usize = 16;
@@ -46,6 +46,31 @@ fn stop_of(errno: Errno) -> Stop {
 }
 
 impl Pages {
+    /// Ends every registration at once. The number stays taken (by the stop event), so that a late call on it fails
+    /// instead of reaching a stranger's descriptor; and it needs no new descriptor, of which there may be none left.
+    pub(super) fn close(&self, stop: &OwnedFd) {
+        if !self.close_in_this_process(stop) {
+            // Its number is above a limit that was lowered meanwhile.
+            self.unregister_everything();
+        }
+    }
+
+    /// What other processes have of it stays open.
+    pub(super) fn close_in_this_process(&self, stop: &OwnedFd) -> bool {
+        let (other, mine) = (stop.as_raw_fd(), self.descriptor.as_raw_fd());
+        // SAFETY: both numbers are open descriptors of this engine.
+        unsafe { libc::dup3(other, mine, libc::O_CLOEXEC) >= 0 }
+    }
+
+    fn unregister_everything(&self) {
+        let mut next = VirtAddr::new(0);
+        while let Ok(Some(mapping)) = self.mappings.at(next) {
+            // Mappings that were never registered refuse.
+            let _ = self.unregister(mapping.range);
+            next = mapping.range.end();
+        }
+    }
+
     /// Moves pages, holes included; wakes nobody.
     fn move_pages(&self, to: VirtAddr, from: VirtAddr, pages: usize) -> Progress {
         let mut request = Transfer {

@@ -14,7 +14,7 @@ use crate::engine::{
     FaultEvent, FaultSink, LayoutLock, MapEvent, MapTicket, Resolution, lost, say, threads,
 };
 use crate::error::{Error, Result};
-use crate::limits::{EVENT_BATCH, MIGRATIONS, REMOVE_GRACE, STUCK};
+use crate::limits::{EVENT_BATCH, MIGRATIONS, RANGE_DEADLINE, STUCK};
 use crate::sync::{Mutex, RwLock, RwLockWriteGuard, this_thread};
 use both::Heard;
 use once_cell::sync::OnceCell;
@@ -182,7 +182,7 @@ impl Service {
 
     /// The drop is done, or did not come. If it came it was read, but whoever read it may not have looked at it yet.
     pub(super) fn forget_drop(&self, place: usize, came: bool) {
-        let deadline = Instant::now() + REMOVE_GRACE;
+        let deadline = Instant::now() + RANGE_DEADLINE;
         while came && self.shared.drops.lock()[place] != Some(SEEN) && Instant::now() < deadline {
             std::thread::yield_now();
         }
