@@ -122,6 +122,8 @@ impl State {
             };
             if let Ok(start) = mapped {
                 let start = start.expose_provenance();
+                // Nothing is in there yet, but `gcore` would write all of it as zeros. Failing is harmless.
+                let _ = advise(start, size, Advice::LinuxDontDump);
                 // The first page stays without access, so that the kernel never joins the arena to a neighbour: a
                 // watch on that neighbour would reach into memory that the fault path needs.
                 let first = start + COMMIT_STEP;
@@ -167,10 +169,17 @@ impl State {
             )
         };
         if done.is_ok() {
+            let _ = advise(self.committed, target - self.committed, Advice::LinuxDoDump);
             self.committed = target;
         }
         done.is_ok()
     }
+}
+
+/// Says of addresses of the arena whether they belong into core dumps.
+fn advise(start: usize, length: usize, advice: Advice) -> rustix::io::Result<()> {
+    // SAFETY: the range lies inside the arena's own reservation, and neither advice changes what is in it.
+    unsafe { rustix::mm::madvise(ptr::with_exposed_provenance_mut(start), length, advice) }
 }
 
 struct HeldForFork {

@@ -113,7 +113,9 @@ for source in tests/c/*.c; do
 	case $name in "${ONLY:-}"*) ;; *) continue ;; esac
 	units=("$source")
 	[ -e "tests/c/${name}_other_unit.c" ] && units+=("tests/c/${name}_other_unit.c")
-	compile "$name" "$out/$name" "${units[@]}" "${shared[@]}" || continue
+	libraries=("${shared[@]}")
+	[ "$name" = unload ] && libraries=("-DLIBHMM=\"$(realpath "$lib")/libhmm.so\"" -ldl)
+	compile "$name" "$out/$name" "${units[@]}" "${libraries[@]}" || continue
 	# The promises run on each engine: cargo xtask promises.
 	case $name in promises*) [ -z "${ONLY:-}" ] && continue ;; esac
 	run "$name" "$out/$name"

@@ -205,6 +205,8 @@ impl Reserved {
         unsafe { rustix::mm::mprotect(start, bytes as usize, access) }.map_err(no_memory)?;
         // A child of fork has no use for what is in there, and would count it as its own. Linux 4.14.
         let _ = advise(reserved.area, Advice::LinuxWipeOnFork);
+        // A core dump would have a gigabyte of holes for the few frames that a migration holds at the time.
+        let _ = advise(reserved.whole, Advice::LinuxDontDump);
         Ok(reserved)
     }
 }
