@@ -22,7 +22,7 @@ macro_rules! ensure {
     };
 }
 
-mod check;
+pub(crate) mod check;
 mod process;
 mod schedules;
 mod verbs;
@@ -221,6 +221,7 @@ impl World {
                 self.troubled = self.memory.set_faults(faults) && on;
                 Ok(())
             }
+            Step::Fork => self.fork(),
         }
     }
 
