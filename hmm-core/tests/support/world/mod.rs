@@ -176,7 +176,7 @@ impl World {
         ensure!(time < PATIENCE, "it took {time:?}");
         self.check()?;
         self.steps += 1;
-        if self.steps % ACCOUNTED == 0 { self.check_accounts() } else { Ok(()) }
+        if self.steps.is_multiple_of(ACCOUNTED) { self.check_accounts() } else { Ok(()) }
     }
 
     fn run(&mut self, step: Step) -> Check {
