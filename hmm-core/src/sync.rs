@@ -1,11 +1,19 @@
 //! The only file that names `std::sync` locks. They do not allocate, and a panic does not poison them: a panic on a
 //! service thread ends the process anyway.
+//!
+//! The feature `schedules` (of the package hmm-schedules, which builds this crate a second time for its tests) takes
+//! shuttle's locks instead: shuttle then decides who runs next at each of them.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{
+#[cfg(feature = "schedules")]
+use shuttle::sync as primitives;
+#[cfg(not(feature = "schedules"))]
+use std::sync as primitives;
+
+use primitives::{
     Condvar as StdCondvar, Mutex as StdMutex, PoisonError, RwLock as StdRwLock, TryLockError,
 };
-pub use std::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+pub use primitives::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// A mutex.
@@ -80,8 +88,32 @@ impl Condvar {
     }
 }
 
+/// Who the calling thread is: shuttle's tasks share one thread.
+#[cfg(feature = "schedules")]
+pub(crate) fn this_thread() -> usize {
+    usize::from(shuttle::current::me()) + 1
+}
+
 /// Who the calling thread is, without thread-local storage: its pthread handle.
+#[cfg(not(feature = "schedules"))]
 pub(crate) fn this_thread() -> usize {
     // SAFETY: pthread_self has no preconditions.
     unsafe { libc::pthread_self() as usize }
+}
+
+/// Lets others go on.
+pub(crate) fn yield_now() {
+    #[cfg(feature = "schedules")]
+    shuttle::thread::yield_now();
+    #[cfg(not(feature = "schedules"))]
+    std::thread::yield_now();
+}
+
+/// Sleeps. In a schedule no time passes: others go on, that is all.
+pub(crate) fn sleep(time: Duration) {
+    if cfg!(feature = "schedules") {
+        yield_now();
+    } else {
+        std::thread::sleep(time);
+    }
 }

@@ -315,7 +315,7 @@ fn promise_62_finalize_is_told_exactly_what_moved() {
     // A page is unmapped after the copy: it did not move, and its destination comes back.
     let (engine, range) = (Arc::clone(&scene.engine), scene.range);
     let unmap = Box::new(move || engine.munmap(range.sub(2, 1)));
-    *scene.device.driver.interruption.lock().unwrap() = Some(unmap);
+    *scene.device.driver.interruption.lock() = Some(unmap);
     assert_eq!(scene.device.migrate(scene.range, 0), Ok(3));
     assert_eq!((scene.away_now(), scene.device.frees(), scene.device.pages_in_use()), (3, 1, 3));
     assert!(!scene.is_mapped_on_device(2) && scene.is_mapped_on_device(1));

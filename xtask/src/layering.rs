@@ -94,6 +94,7 @@ const OURS: &[&str] = &[
     "hmm-preload",
     "hmm-doctor",
     "hmm-tests",
+    "hmm-schedules",
     "xtask",
 ];
 

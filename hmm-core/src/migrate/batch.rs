@@ -432,7 +432,7 @@ impl<'a> Batch<'a> {
             && !self.mm.engine.is_service_thread()
             && let Some(end) = self.mm.removed.busy_until(self.range)
         {
-            std::thread::sleep(end.saturating_duration_since(Instant::now()));
+            crate::sync::sleep(end.saturating_duration_since(Instant::now()));
         }
     }
 }

@@ -133,7 +133,7 @@ impl Batch<'_> {
                 _ if Instant::now() < deadline => {
                     self.drain();
                     if given.stop != Stop::Retry {
-                        std::thread::sleep(Duration::from_micros(200));
+                        crate::sync::sleep(Duration::from_micros(200));
                     }
                 }
                 _ => {

@@ -264,7 +264,7 @@ impl Batch<'_> {
     pub(super) fn drain(&self) {
         self.mm.stats.retries.fetch_add(1, Ordering::Relaxed);
         self.mm.engine.drain();
-        std::thread::yield_now();
+        crate::sync::yield_now();
     }
 
     /// Whether a page is in a slot that was known to be empty, and not where it was any more.

@@ -181,7 +181,7 @@ impl Mm {
             if checked.is_ok() || Instant::now() >= deadline {
                 return checked;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            crate::sync::sleep(Duration::from_millis(1));
         }
     }
 

@@ -280,7 +280,7 @@ impl Mm {
                             lost = lost.or(Some(addr));
                         }
                         Err(FaultError::OutOfMemory) => {
-                            std::thread::sleep(Duration::from_millis(1))
+                            crate::sync::sleep(Duration::from_millis(1))
                         }
                     }
                     if Instant::now() >= deadline {

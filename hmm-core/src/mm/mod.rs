@@ -315,7 +315,7 @@ impl Mm {
                 let address = VirtAddr::new(0);
                 return Err(Error::Busy { address, what: "a migration does not end" });
             }
-            std::thread::sleep(Duration::from_millis(1));
+            crate::sync::sleep(Duration::from_millis(1));
         }
     }
 

@@ -1,6 +1,7 @@
 //! A driver with device memory of its own, on the public API alone. It notes every breach of the rules it sees.
 
 use super::memory::Bytes;
+use hmm_core::sync::Mutex;
 use hmm_core::{
     Access, AddrRange, CpuFault, Devmem, DevmemOps, Error, FaultError, InvalidateEvent,
     Invalidation, MigrateBatch, MigrateFlags, MigrateOps, MigratePfn, MigrateRequest, Mm, Notifier,
@@ -8,7 +9,7 @@ use hmm_core::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How long a populate loop tries.
@@ -55,12 +56,12 @@ pub(crate) struct Device {
 
 impl Driver {
     fn breach(&self, what: String) {
-        self.breaches.lock().unwrap().push(what);
+        self.breaches.lock().push(what);
     }
 
     /// Takes a free page and puts `bytes` into it.
     fn allocate(&self, bytes: &Bytes) -> Option<Pfn> {
-        let mut memory = self.memory.lock().unwrap();
+        let mut memory = self.memory.lock();
         let index = memory.iter().position(Option::is_none)?;
         memory[index] = Some(Box::new(*bytes));
         Some(Pfn::new(self.first.get()?.get() + index as u64))
@@ -68,7 +69,7 @@ impl Driver {
 
     fn give_up(&self, page: Pfn) {
         if let Some(index) = self.index_of(page) {
-            self.memory.lock().unwrap()[index] = None;
+            self.memory.lock()[index] = None;
         }
     }
 
@@ -79,7 +80,7 @@ impl Driver {
     /// Does something with the bytes of a page in use.
     fn with_page<R>(&self, page: Pfn, work: impl FnOnce(&mut Bytes) -> R) -> Option<R> {
         let index = self.index_of(page)?;
-        self.memory.lock().unwrap().get_mut(index)?.as_deref_mut().map(work)
+        self.memory.lock().get_mut(index)?.as_deref_mut().map(work)
     }
 
     pub(crate) fn contents(&self, page: Pfn) -> Option<Box<Bytes>> {
@@ -87,18 +88,18 @@ impl Driver {
     }
 
     fn is_lost(&self, page: Pfn) -> bool {
-        self.lost.lock().unwrap().contains(&page)
+        self.lost.lock().contains(&page)
     }
 
     fn forget(&self, range: AddrRange) {
-        let mut table = self.table.lock().unwrap();
+        let mut table = self.table.lock();
         table.retain(|page, _| !range.contains(VirtAddr::new(*page)));
     }
 }
 
 /// Lets what waits there happen, once.
 pub(crate) fn happen(slot: &Mutex<Option<Interruption>>) {
-    let interruption = slot.lock().unwrap().take();
+    let interruption = slot.lock().take();
     if let Some(happen) = interruption {
         happen();
     }
@@ -119,9 +120,9 @@ impl NotifierOps for Driver {
 impl DevmemOps for Driver {
     fn free(&self, _: &Devmem, page: Pfn) {
         self.freed.fetch_add(1, Ordering::Relaxed);
-        self.lost.lock().unwrap().remove(&page);
+        self.lost.lock().remove(&page);
         let index = self.index_of(page);
-        let mut memory = self.memory.lock().unwrap();
+        let mut memory = self.memory.lock();
         match index.and_then(|index| memory.get_mut(index)).map(Option::take) {
             Some(Some(_)) => {}
             Some(None) => self.breach(format!("{page:?} was freed while free")),
@@ -250,7 +251,7 @@ impl MigrateOps for ToDevice<'_> {
     fn finalize_and_map(&mut self, batch: &MigrateBatch<'_>) {
         self.allocated.clear();
         happen(&self.driver.late_interruption);
-        let mut table = self.driver.table.lock().unwrap();
+        let mut table = self.driver.table.lock();
         for (index, (src, dst)) in batch.src.iter().zip(&*batch.dst).enumerate() {
             let Some(page) = dst.pfn().filter(|_| src.migrates()) else { continue };
             self.moved += 1;
@@ -375,7 +376,7 @@ impl Device {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             {
-                let mut table = self.driver.table.lock().unwrap();
+                let mut table = self.driver.table.lock();
                 let wants_write = access == Access::Write;
                 let found = table.get(&page.get()).filter(|one| one.write || !wants_write);
                 if let Some(mapped) = found {
@@ -404,7 +405,7 @@ impl Device {
             let sequence = tracker.begin()?;
             let mut entries = [PfnEntry::default()];
             self.mm.range_fault(&request, access, &mut entries)?;
-            let mut table = self.driver.table.lock().unwrap();
+            let mut table = self.driver.table.lock();
             if tracker.changed(sequence) {
                 continue;
             }
@@ -427,21 +428,21 @@ impl Device {
     /// The device cannot return what it holds of a page.
     pub(crate) fn lose(&self, page: VirtAddr) {
         let mapped = self.mirrored()[&page.get()];
-        self.driver.lost.lock().unwrap().insert(mapped.page);
+        self.driver.lost.lock().insert(mapped.page);
     }
 
     /// The device's page table.
     pub(crate) fn mirrored(&self) -> BTreeMap<u64, Mirrored> {
-        self.driver.table.lock().unwrap().clone()
+        self.driver.table.lock().clone()
     }
 
     pub(crate) fn pages_in_use(&self) -> usize {
-        self.driver.memory.lock().unwrap().iter().flatten().count()
+        self.driver.memory.lock().iter().flatten().count()
     }
 
     /// Rules that the library broke so far.
     pub(crate) fn breaches(&self) -> Vec<String> {
-        self.driver.breaches.lock().unwrap().clone()
+        self.driver.breaches.lock().clone()
     }
 
     /// How often `release` was called, plus 100 for each invalidation that announced it.

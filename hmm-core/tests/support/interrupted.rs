@@ -5,9 +5,10 @@ use hmm_core::engine::model::ModelEngine;
 use hmm_core::engine::{
     Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Watch,
 };
+use hmm_core::sync::Mutex;
 use hmm_core::{AddrRange, Capabilities, Result, VirtAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
 
 /// When something is to happen.
 #[derive(Default)]
@@ -20,7 +21,7 @@ pub(crate) struct Moment {
 impl Moment {
     /// Lets something happen at the `calls`-th call of the engine from now on.
     pub(crate) fn set(&self, calls: usize, interruption: Interruption) {
-        *self.interruption.lock().unwrap() = Some(interruption);
+        *self.interruption.lock() = Some(interruption);
         self.calls.store(calls as i64 + 1, Ordering::SeqCst);
     }
 

@@ -35,12 +35,18 @@ pub(crate) trait CpuMemory: Send + Sync {
     fn survives_bad_accesses(&self) -> bool;
     /// Whether threads of the engine may still tidy up after an access has returned.
     fn settles_later(&self) -> bool;
+    /// Whether somebody tells the library, and it its mirrors, that a page at home was unmapped or dropped.
+    fn reports_changes(&self) -> bool {
+        true
+    }
     /// Puts the pages present in a range into a condition. False when that cannot be done here.
     fn set_condition(&self, range: AddrRange, condition: PageCondition) -> bool;
     /// Nothing happens for a moment.
     fn idle(&self);
     /// Sets what goes wrong. False when nothing can be made to.
     fn set_faults(&self, faults: ModelFaults) -> bool;
+    /// Forks a child that compares these pages. The first that is wrong there; `None`: there is no process to fork.
+    fn fork(&self, pages: &[(VirtAddr, &[u8])]) -> Option<Result<(), String>>;
 }
 
 const READ_WRITE: Protection = Protection::READ.union(Protection::WRITE);
@@ -93,6 +99,9 @@ impl CpuMemory for ModelEngine {
     fn set_faults(&self, faults: ModelFaults) -> bool {
         ModelEngine::set_faults(self, faults);
         true
+    }
+    fn fork(&self, _: &[(VirtAddr, &[u8])]) -> Option<Result<(), String>> {
+        None
     }
 }
 
@@ -201,5 +210,22 @@ impl CpuMemory for RealMemory {
     fn idle(&self) {}
     fn set_faults(&self, _: ModelFaults) -> bool {
         false
+    }
+    fn fork(&self, pages: &[(VirtAddr, &[u8])]) -> Option<Result<(), String>> {
+        // SAFETY: the child compares memory and ends: it neither allocates nor takes a lock.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let same = pages.iter().all(|(page, bytes)| {
+                // SAFETY: the world names mapped, readable pages; the child has one thread.
+                unsafe { libc::memcmp(page.as_ptr().cast(), bytes.as_ptr().cast(), PAGE_SIZE) == 0 }
+            });
+            // SAFETY: ends the child without the parent's exit handlers.
+            unsafe { libc::_exit(if same { 0 } else { 9 }) }
+        }
+        let mut status = 0;
+        // SAFETY: waits for the child that was just made.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        let good = child > 0 && waited == child && status == 0;
+        Some(good.then_some(()).ok_or_else(|| format!("a forked child: status {status:#x}")))
     }
 }

@@ -3,6 +3,8 @@
 use hmm_core::PAGE_SIZE;
 use hmm_core::engine::model::PageCondition;
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 /// Pages of the area that a world plays in; larger than the shortest run that the library moves (64 pages).
 pub(crate) const PAGES: usize = 144;
@@ -151,6 +153,8 @@ pub(crate) enum Step {
         condition: PageCondition,
     },
     Trouble(bool),
+    /// A child is forked, and compares every byte.
+    Fork,
 }
 
 /// The whole area.
@@ -306,4 +310,41 @@ impl std::fmt::Debug for Sequence {
 /// A sequence of at most `longest` steps.
 pub(crate) fn sequences(longest: usize) -> impl Strategy<Value = Sequence> {
     proptest::collection::vec(step(), 1..=longest).prop_map(Sequence)
+}
+
+/// What a single thread does on any engine: nothing happens at the same time, and nothing fails by design. Faults bring
+/// no neighbours home: how far a mapping reaches, at which a driver stops, differs (the kernel joins few that moved).
+fn plain_step() -> impl Strategy<Value = Step> {
+    let device = || 0..DEVICES;
+    let leave = || prop_oneof![3 => Just(0_usize), 1 => 2..5_usize];
+    let migration = prop_oneof![
+        6 => (device(), span(), leave())
+            .prop_map(|(device, span, leave)| Step::Migrate { device, span, leave }),
+        2 => (device(), span()).prop_map(|(device, span)| Step::Home { device, span }),
+        1 => (device(), span()).prop_map(|(device, span)| Step::Pull { device, span }),
+    ];
+    prop_oneof![
+        8 => migration,
+        8 => change().prop_map(Step::Change),
+        3 => bytes().prop_map(Step::Load),
+        1 => (page(), 0..512_usize, any::<u64>())
+            .prop_map(|(page, word, value)| Step::Add { word: page * 512 + word, value }),
+        1 => bytes().prop_map(Step::SystemRead),
+        1 => bytes().prop_map(Step::SystemWrite),
+        2 => (device(), bytes()).prop_map(|(device, bytes)| Step::DeviceLoad { device, bytes }),
+        3 => (device(), bytes()).prop_map(|(device, bytes)| Step::DeviceStore { device, bytes }),
+        3 => look(),
+        1 => prop_oneof![span().prop_map(Step::Pin), Just(Step::Unpin)],
+        1 => Just(Step::Fork),
+    ]
+}
+
+/// The sequence of `length` plain steps that belongs to a seed.
+pub(crate) fn plain_sequence(seed: u64, length: usize) -> Sequence {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let mut runner = TestRunner::new_with_rng(Config::default(), random);
+    let steps = proptest::collection::vec(plain_step(), length).new_tree(&mut runner);
+    Sequence(steps.unwrap().current())
 }

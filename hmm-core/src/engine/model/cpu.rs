@@ -8,6 +8,7 @@ use crate::engine::{Engine, FaultEvent, FaultSink, Resolution};
 use crate::error::{Error, Result};
 use crate::flags::Protection;
 use crate::limits::DEADLINE;
+use crate::sync::{self, this_thread};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -117,7 +118,7 @@ impl ModelEngine {
             if Instant::now() >= deadline {
                 return Err(timed_out(event.addr));
             }
-            std::thread::yield_now();
+            sync::yield_now();
         }
         let mut state = self.state.lock();
         while !state.is_woken(ticket) {
@@ -215,9 +216,4 @@ fn not_there(page: VirtAddr) -> Error {
 
 fn timed_out(page: VirtAddr) -> Error {
     Error::Busy { address: page, what: "the answer to a CPU fault" }
-}
-
-/// Kernel thread id of the caller.
-pub(super) fn this_thread() -> u32 {
-    rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()
 }

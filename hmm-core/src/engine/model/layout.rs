@@ -111,7 +111,7 @@ impl ModelEngine {
         };
         self.finish(tickets);
         if late {
-            std::thread::sleep(LATENESS);
+            crate::sync::sleep(LATENESS);
             drop_contents(&mut self.state.lock(), range);
         }
         Ok(())

@@ -39,7 +39,7 @@ use crate::addr::{AddrRange, PAGE_SIZE, VirtAddr};
 use crate::engine::{Engine, FaultSink, Give, LayoutLock, Mapping, Present, Progress, Rss, Watch};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, this_thread};
 use faults::Chaos;
 use state::State;
 use std::sync::Arc;
@@ -255,7 +255,7 @@ impl Engine for ModelEngine {
     }
 
     fn is_service_thread(&self) -> bool {
-        self.state.lock().serving.contains(&cpu::this_thread())
+        self.state.lock().serving.contains(&this_thread())
     }
 }
 

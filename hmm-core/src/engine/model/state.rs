@@ -27,7 +27,7 @@ pub(super) struct State {
     /// Where faults and layout changes are reported; none before `start` and after `stop`.
     pub(super) sink: Option<Arc<dyn FaultSink>>,
     /// Threads inside the sink: they play the part of service threads.
-    pub(super) serving: Vec<u32>,
+    pub(super) serving: Vec<usize>,
     waiters: Vec<Waiter>,
     tickets: u64,
 }

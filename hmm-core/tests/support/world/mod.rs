@@ -22,13 +22,16 @@ macro_rules! ensure {
     };
 }
 
-mod check;
+pub(crate) mod check;
 mod process;
 mod schedules;
 mod verbs;
 
 /// A step that takes longer hangs somewhere, and only a deadline ended it.
 const PATIENCE: Duration = Duration::from_secs(4);
+
+/// The accounts are compared after so many steps, and at the end.
+const ACCOUNTED: usize = 16;
 
 /// A page as it must be.
 #[derive(Clone)]
@@ -61,6 +64,8 @@ pub(crate) struct World {
     unmovable: bool,
     /// Some pages were swapped out at some time.
     swapped: bool,
+    /// Steps done.
+    steps: usize,
 }
 
 /// A part of some bytes that lies in one page: page, offset in it, offset in the bytes, length.
@@ -112,6 +117,7 @@ impl World {
             troubled: false,
             unmovable: false,
             swapped: false,
+            steps: 0,
         };
         for capacity in [PAGES, 24].into_iter().take(DEVICES) {
             world.devices.push(Device::new(&world.mm, area, capacity)?);
@@ -168,7 +174,9 @@ impl World {
         self.run(step)?;
         let time = begin.elapsed();
         ensure!(time < PATIENCE, "it took {time:?}");
-        self.check()
+        self.check()?;
+        self.steps += 1;
+        if self.steps.is_multiple_of(ACCOUNTED) { self.check_accounts() } else { Ok(()) }
     }
 
     fn run(&mut self, step: Step) -> Check {
@@ -213,11 +221,13 @@ impl World {
                 self.troubled = self.memory.set_faults(faults) && on;
                 Ok(())
             }
+            Step::Fork => self.fork(),
         }
     }
 
     /// Closes the mm, whatever is where: everything comes home, and nothing is freed twice or not at all.
     pub(crate) fn finish(mut self) -> Check {
+        self.check_accounts()?;
         self.mm.close().map_err(|error| format!("close: {error}"))?;
         self.mm.close().map_err(|error| format!("second close: {error}"))?;
         self.memory.set_faults(ModelFaults::default());

@@ -2,7 +2,7 @@
 
 use super::{Check, Expected, World, data_of, parts};
 use crate::support::steps::{Bytes, Change, PAGES, Span};
-use hmm_core::{Error, PAGE_SIZE};
+use hmm_core::{Error, PAGE_SIZE, Residency};
 
 impl World {
     pub(super) fn is_possible(&self, change: Change) -> bool {
@@ -184,6 +184,28 @@ impl World {
         let Some(count) = self.judge("Mm::write", result, reachable > 0)? else { return Ok(()) };
         ensure!(count == reachable, "Mm::write took {count} bytes of {reachable}");
         self.note_store(Bytes { len: count, ..bytes });
+        Ok(())
+    }
+
+    /// A fork brings everything home, and the child sees it.
+    pub(super) fn fork(&mut self) -> Check {
+        let pages: Vec<_> = self
+            .expected
+            .iter()
+            .map(|(page, one)| (self.area.page_at(*page), &*one.bytes))
+            .collect();
+        if let Some(compared) = self.memory.fork(&pages) {
+            compared?;
+        } else {
+            let away = self.residency()?;
+            let away = away.iter().enumerate().filter(|(_, at)| matches!(at, Residency::Device(_)));
+            for (page, _) in away {
+                let home = self.mm.make_present(self.area.sub(page, 1), false);
+                home.map_err(|error| format!("bringing page {page} home: {error}"))?;
+            }
+        }
+        let left = self.residency()?.iter().filter(|at| matches!(at, Residency::Device(_))).count();
+        ensure!(left == 0, "{left} pages are away after a fork");
         Ok(())
     }
 }

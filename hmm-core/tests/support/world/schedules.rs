@@ -33,7 +33,7 @@ impl World {
         let running = Running::default();
         let driver = self.devices[device].driver.clone();
         let slot = if late { &driver.late_interruption } else { &driver.interruption };
-        *slot.lock().unwrap() = Some(self.interruption(change, &running, UNHINDERED));
+        *slot.lock() = Some(self.interruption(change, &running, UNHINDERED));
         let range = self.range(span);
         let result = if home {
             self.devices[device].bring_home(range)
@@ -51,14 +51,14 @@ impl World {
         let driver = self.devices[device].driver.clone();
         let slot = if late { &driver.late_interruption } else { &driver.interruption };
         // Unwinds without the message that a panic prints.
-        *slot.lock().unwrap() = Some(Box::new(|| resume_unwind(Box::new("a callback gave up"))));
+        *slot.lock() = Some(Box::new(|| resume_unwind(Box::new("a callback gave up"))));
         let range = self.range(span);
         let (device, result) = (&self.devices[device], Mutex::new(None));
         let unwound = catch_unwind(AssertUnwindSafe(|| {
             let done = if home { device.bring_home(range) } else { device.migrate(range, 0) };
             *result.lock().unwrap() = Some(done);
         }));
-        *slot.lock().unwrap() = None;
+        *slot.lock() = None;
         if unwound.is_err() {
             let after = self.residency()?;
             let moved = |page: &usize| {
