@@ -75,6 +75,7 @@ impl Mm {
     /// cannot wait for others: false then.
     pub(crate) fn close_gate_for_fork(&self) -> bool {
         *self.gate.closed.lock() = true;
+        self.gate.has_forked.store(true, Ordering::Release);
         let may_wait = !self.engine.is_service_thread()
             && !self.notifiers.in_callback()
             && self.inflight.count_of_thread(this_thread()) == 0;
