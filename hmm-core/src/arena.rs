@@ -216,9 +216,6 @@ fn class_of(layout: Layout) -> Option<(usize, usize)> {
 
 fn allocate(layout: Layout) -> *mut u8 {
     let Some((class, size)) = class_of(layout) else { return ptr::null_mut() };
-    if inject::fails(Point::Arena).is_some() {
-        return ptr::null_mut();
-    }
     let mut state = STATE.lock();
     let head = state.free[class];
     if head.is_null() {
@@ -227,6 +224,11 @@ fn allocate(layout: Layout) -> *mut u8 {
     // SAFETY: `head` is a free block of this class; its first bytes hold the link written by `release`.
     state.free[class] = unsafe { (*head).next };
     head.cast()
+}
+
+/// As [`allocate`], for callers that go on without: failures can be asked for. (Rust's own collections could not go on.)
+fn allocate_if_possible(layout: Layout) -> *mut u8 {
+    inject::fails(Point::Arena).map_or_else(|| allocate(layout), |_| ptr::null_mut())
 }
 
 /// # Safety
@@ -260,7 +262,7 @@ unsafe impl GlobalAlloc for Arena {
 
 /// Moves a value into the arena; `None` when memory is short.
 pub(crate) fn put<T>(value: T) -> Option<NonNull<T>> {
-    let place = NonNull::new(allocate(Layout::new::<T>()).cast::<T>())?;
+    let place = NonNull::new(allocate_if_possible(Layout::new::<T>()).cast::<T>())?;
     // SAFETY: the block is new, large enough for T and aligned for it.
     unsafe { place.as_ptr().write(value) };
     Some(place)
@@ -346,7 +348,8 @@ unsafe impl<T: Sync> Sync for Buffer<T> {}
 impl<T> Buffer<T> {
     /// `len` elements made by `make`, or `None` when memory is short.
     pub(crate) fn new(len: usize, mut make: impl FnMut(usize) -> T) -> Option<Self> {
-        let start = NonNull::new(allocate(Layout::array::<T>(len.max(1)).ok()?).cast::<T>())?;
+        let start =
+            NonNull::new(allocate_if_possible(Layout::array::<T>(len.max(1)).ok()?).cast::<T>())?;
         for index in 0..len {
             // SAFETY: the block has room for `len` elements of T.
             unsafe { start.as_ptr().add(index).write(make(index)) };

@@ -30,6 +30,7 @@ struct test_device {
 
 	/* Knobs. */
 	atomic_bool lose;		/* fault says that the data is lost */
+	_Atomic(unsigned long) lose_only;	/* of the page at this address, unless it is 0 */
 	atomic_bool leave_odd;		/* every other page is left where it is */
 
 	/* What the callbacks saw. */
@@ -144,7 +145,9 @@ static inline int test_device_fault(struct hmm_devmem *devmem, struct vm_area_st
 	device->fault_flags = flags;
 	device->fault_thread = gettid();
 	device->fault_devmem = devmem;
-	if (device->lose || pmdp || !hmm_devmem_has_page(devmem, page))
+	if (device->lose && (!device->lose_only || device->lose_only == start))
+		return VM_FAULT_SIGBUS;
+	if (pmdp || !hmm_devmem_has_page(devmem, page))
 		return VM_FAULT_SIGBUS;
 	return TEST_MIGRATE(&test_to_system, vma, 1, start, start + PAGE, &src, &dst, device) ? VM_FAULT_SIGBUS
 											      : VM_FAULT_MAJOR;

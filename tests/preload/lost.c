@@ -17,7 +17,7 @@ static unsigned char *map_pages(void *at)
 		    MAP_PRIVATE | MAP_ANONYMOUS | (at ? MAP_FIXED_NOREPLACE : 0), -1, 0);
 }
 
-/* Pages that begin with their number, on the device, which loses what is asked for. */
+/* Pages that begin with their number, on the device, which loses the first of them. */
 static unsigned char *away(void)
 {
 	unsigned char *memory = map_pages(NULL);
@@ -27,6 +27,7 @@ static unsigned char *away(void)
 	CHECK_EQ(test_device_migrate(&device, &test_to_device, memory, PAGES), 0);
 	CHECK_EQ(hmm_devmem_in_use(device.devmem), PAGES);
 	device.lose = true;
+	device.lose_only = (unsigned long)memory;
 	return memory;
 }
 
