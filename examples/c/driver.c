@@ -362,7 +362,8 @@ static int driver_fault(struct hmm_devmem *devmem, struct vm_area_struct *vma, u
 	if (end > hmm_vma_end(vma))
 		end = hmm_vma_end(vma);
 	/* If somebody else brings the page home at the same time, nothing is left to do, and that is as good. */
-	return migrate_vma(&driver_to_system, vma, FAULT_AROUND, start, end, src, dst, driver) ? VM_FAULT_SIGBUS : 0;
+	/* A call that failed lost nothing: the access is made again. SIGBUS is for data that is gone. */
+	return migrate_vma(&driver_to_system, vma, FAULT_AROUND, start, end, src, dst, driver) ? VM_FAULT_OOM : 0;
 }
 
 /* The last user of a device page is gone: it may hold something else from now on. */

@@ -1,5 +1,6 @@
 """Failures on request: nothing is lost."""
 
+import contextlib
 import errno
 
 import hmm
@@ -16,7 +17,8 @@ def test_arrays_survive_failing_calls():
     hmm.inject("all/7,seed=5")
     for number in range(30):
         array[:] = number
-        device.migrate(array)
+        with contextlib.suppress(hmm.Error):
+            device.migrate(array)
         assert array.sum() == number * array.size
     failures = hmm.inject("")
     assert sum(failures.values()) > 30

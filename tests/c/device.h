@@ -149,7 +149,8 @@ static inline int test_device_fault(struct hmm_devmem *devmem, struct vm_area_st
 		return VM_FAULT_SIGBUS;
 	if (pmdp || !hmm_devmem_has_page(devmem, page))
 		return VM_FAULT_SIGBUS;
-	return TEST_MIGRATE(&test_to_system, vma, 1, start, start + PAGE, &src, &dst, device) ? VM_FAULT_SIGBUS
+	/* A call that failed lost nothing: the access is made again. */
+	return TEST_MIGRATE(&test_to_system, vma, 1, start, start + PAGE, &src, &dst, device) ? VM_FAULT_OOM
 											      : VM_FAULT_MAJOR;
 }
 

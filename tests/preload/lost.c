@@ -52,7 +52,7 @@ static void what_is_lost_never_becomes_readable_zeros(void)
 		CHECK_EQ(errno, EACCES);
 		CHECK_EQ(hmm_residency(mm, memory, PAGES * PAGE, places, PAGES), 0);
 		CHECK_EQ(places[0], HMM_RESIDENCY_POISONED);
-		CHECK_EQ(places[1], HMM_RESIDENCY_DEVICE);
+		CHECK_EQ(places[1], HMM_RESIDENCY_SYSTEM);
 	}
 	check_others(memory);
 	if (!is_told) {
