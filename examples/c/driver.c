@@ -361,8 +361,7 @@ static int driver_fault(struct hmm_devmem *devmem, struct vm_area_struct *vma, u
 	atomic_fetch_add(&driver->cpu_faults, 1);
 	if (end > hmm_vma_end(vma))
 		end = hmm_vma_end(vma);
-	/* If somebody else brings the page home at the same time, nothing is left to do, and that is as good. */
-	/* A call that failed lost nothing: the access is made again. SIGBUS is for data that is gone. */
+	/* Somebody else may bring it home meanwhile: as good. A call that fails loses nothing: the access is made again. */
 	return migrate_vma(&driver_to_system, vma, FAULT_AROUND, start, end, src, dst, driver) ? VM_FAULT_OOM : 0;
 }
 
