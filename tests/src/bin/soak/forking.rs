@@ -36,5 +36,8 @@ fn fork_once(world: &World) {
         assert!(Instant::now() < deadline, "the child {child} hangs");
         std::thread::sleep(Duration::from_millis(1));
     }
-    assert_eq!(status, 0, "the child did not see what the parent has");
+    // Where pages can neither come home nor be left out, a child is ended rather than shown zeros.
+    let is_ended =
+        world.fails && libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT;
+    assert!(status == 0 || is_ended, "the child did not see what the parent has: {status:#x}");
 }
