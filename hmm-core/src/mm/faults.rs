@@ -163,10 +163,8 @@ impl Mm {
         let start = addr.leaf().get();
         match self.bring_home(AddrRange::from_bounds(start, start + LEAF_SIZE)) {
             // A page that was lost on the way does not keep the others away.
-            Ok(_) | Err(Error::Lost { .. }) => {
-                self.engine.zero(addr, false);
-                Resolution::Resolved
-            }
+            // Shown by the touch that is made again, under the leaf's lock: by now the page may have left once more.
+            Ok(_) | Err(Error::Lost { .. }) => Resolution::Resolved,
             Err(_) => Resolution::Retry,
         }
     }
