@@ -87,12 +87,12 @@ static void faults_do_what_each_entry_asks(void)
 	range = range_of(memory);
 	memset(pfns, 0, sizeof(pfns));
 	pfns[1] = flags[HMM_PFN_VALID] | flags[HMM_PFN_WRITE];
-	pfns[2] = flags[HMM_PFN_VALID] | flags[HMM_PFN_WRITE];
+	pfns[3] = flags[HMM_PFN_VALID] | flags[HMM_PFN_WRITE];
 	pfns[5] = flags[HMM_PFN_VALID];
 	CHECK_EQ(hmm_vma_fault(&range, true), 0);
 	CHECK_EQ(pfns[0], values[HMM_PFN_NONE]);
-	CHECK(pfns[1] & flags[HMM_PFN_WRITE] && pfns[2] & flags[HMM_PFN_WRITE]);
-	CHECK_EQ(pfns[3], values[HMM_PFN_NONE]);
+	CHECK(pfns[1] & flags[HMM_PFN_WRITE] && pfns[3] & flags[HMM_PFN_WRITE]);
+	CHECK_EQ(pfns[2], values[HMM_PFN_NONE]);
 	CHECK(pfns[5] & flags[HMM_PFN_VALID]);
 	hmm_vma_range_done(&range);
 	CHECK_EQ(memory_count(mm, memory, PAGES, HMM_RESIDENCY_SYSTEM), 3);
