@@ -3,6 +3,7 @@
 mod access;
 pub(crate) mod changes;
 mod charges;
+mod coherent;
 mod faults;
 mod fork_gate;
 mod fork_mode;

@@ -218,7 +218,7 @@ impl Protector {
         }
         let mut whole = true;
         let scanned = self.presence.scan(part, &mut |run, present| {
-            if matches!(present, Present::Page | Present::Swapped) {
+            if matches!(present, Present::Page | Present::File | Present::Swapped) {
                 whole &= copy(run, to(run));
             }
         });
