@@ -147,14 +147,14 @@ fn coherent_pages_migrate_home_and_to_other_devices() {
     src.fill(MigratePfn::default());
     let request = MigrateRequest { range: rest, select, owner: Some(owner), fault_page };
     let mut migration = mm.migrate_setup(&request, &mut src).unwrap();
-    for index in 0..4 {
+    for (index, dst) in dst.iter_mut().enumerate() {
         let from = migration.system_page(index).unwrap().to_addr().unwrap();
         let page = Pfn::new(card.devmem.pfn_first().get() + index as u64);
         // SAFETY: both are whole pages that belong to the running migration alone.
         unsafe {
             std::ptr::copy_nonoverlapping(from.as_ptr(), card.driver.frame(page), PAGE_SIZE);
         }
-        dst[index] = MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
+        *dst = MigratePfn::new(page, MigrateFlags::LOCKED | MigrateFlags::DEVICE);
     }
     migration.pages(&mut src, &dst).unwrap();
     migration.finalize(&src);
