@@ -14,6 +14,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define STUCK_MS 10000		/* a range that is taken away again and again is not ours to have */
+
 /* ---- Memory of the program ------------------------------------------------------------------------------------- */
 
 static int copy_in(const struct command *command, void *to, unsigned long from, size_t bytes)
@@ -94,10 +96,9 @@ static int device_run(struct command *command, bool write)
 
 	clock_gettime(CLOCK_MONOTONIC, &begin);
 	while ((ret = device_go_on(command, write)) == -ENOENT) {
-		/* A range that is taken away again and again: not for ever. */
 		if (command->args.cpages > before)
 			clock_gettime(CLOCK_MONOTONIC, &begin);
-		else if (deadline_passed(&begin, HMM_RANGE_DEFAULT_TIMEOUT))
+		else if (deadline_passed(&begin, STUCK_MS))
 			return -EBUSY;
 		before = command->args.cpages;
 		ret = mirror_fault(command, command->start + before * PAGE_SIZE, command->end, write);

@@ -265,7 +265,7 @@ static int devices_make(void)
 
 	if (IS_ERR(mm))
 		return (int)PTR_ERR(mm);
-	made = driver_map(DMIRROR_UNITS * sizeof(*made), MEMORY_PLAIN);
+	made = driver_map(DMIRROR_UNITS * sizeof(*made), MEMORY_INHERITED);
 	if (!made) {
 		hmm_mm_put(mm);
 		return -ENOMEM;

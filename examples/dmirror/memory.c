@@ -7,8 +7,9 @@
  * of which most is never used. So all of the driver's memory is *shared* anonymous memory: libhmm never moves that
  * (HMM_STAY_SHARED), no neighbour of the program's can be merged with it, and a first touch is the kernel's business.
  *
- * It is shared with children of fork(), too, and that is not wanted. They get none of it (MADV_DONTFORK), with the
- * exception of struct dmirror, where a child finds out that it is its parent's.
+ * It is shared with children of fork(), too, and that is not wanted. They get none of it (MADV_DONTFORK), with two
+ * exceptions: struct dmirror, where a child finds out that it is its parent's, and the devices, which libhmm knows by
+ * their addresses, so that a child's own must have others.
  */
 #define _GNU_SOURCE
 #include "driver.h"
