@@ -21,7 +21,7 @@ XTASK := $(CARGO) run --quiet --package xtask --
 DMIRROR := $(TARGET)/release/libhmm_dmirror.so
 EXAMPLES := $(patsubst examples/c/%.c,$(TARGET)/demo/%,$(wildcard examples/c/*.c))
 
-.PHONY: demo test check bench stress soak matrix promises clean
+.PHONY: demo test check bench stress soak matrix promises kselftest clean
 .PHONY: help lib examples dmirror python header fmt install
 
 demo: examples python
@@ -59,6 +59,10 @@ soak:
 matrix: examples python
 	$(XTASK) matrix $(MATRIX)
 
+# KSELFTEST holds options: make kselftest KSELFTEST='--runs 10 --engine uffd'
+kselftest: dmirror
+	$(XTASK) kselftest $(KSELFTEST)
+
 clean:
 	$(CARGO) clean
 	rm -rf $(TARGET)/demo $(VENV) .pytest_cache hmm-py/.pytest_cache
@@ -74,6 +78,7 @@ help:
 	@echo 'make soak      everything at once, for MINUTES=30: threads, devices, layout changes, forks, checked all the while'
 	@echo 'make matrix    the tests in environments that lack something; MATRIX=--quick for the short form'
 	@echo 'make promises  the tests of hmm.txt'"'"'s promises on every engine; writes docs/PROMISES.md'
+	@echo 'make kselftest the kernel'"'"'s own HMM tests, unmodified, on libhmm; fetches their source from Debian once'
 	@echo 'make lib       the C library, in target/capi'
 	@echo 'make examples  the C examples, in target/demo'
 	@echo 'make dmirror   the kernel'"'"'s test device, as target/release/libhmm_dmirror.so for LD_PRELOAD'
