@@ -5,6 +5,7 @@ mod aarch64;
 mod header;
 mod house_rules;
 mod install;
+mod kselftest;
 mod layering;
 mod matrix;
 mod promises;
@@ -33,6 +34,10 @@ usage: cargo xtask CHORE
       --list               the rows, and what is expected of each
       --prices             what libhmm costs in each row, instead: the benchmark's ratios
   promises [--check]       run the tests of hmm.txt's promises on every engine, and write docs/PROMISES.md, or compare it
+  kselftest [OPTION]...    run the kernel's own HMM tests, unmodified; the kernel's source is fetched once
+      --runs N             so often, and each run must end alike
+      --engine NAME        with this HMM_ENGINE
+      --require            it is a failure when the source cannot be had
   install --prefix DIR     install the C library: header, libhmm.so, libhmm.a, pkg-config and CMake files
 ";
 
@@ -59,6 +64,7 @@ fn dispatch(words: &[&str]) -> Result<(), String> {
         ["aarch64", "--require"] => aarch64::run(true),
         ["matrix", options @ ..] => matrix::run(&matrix::Options::parse(options)?),
         ["promises", options @ ..] => promises::run(options),
+        ["kselftest", options @ ..] => kselftest::run(&kselftest::Options::parse(options)?),
         ["install", "--prefix", prefix] => install::run(prefix.as_ref()),
         ["help" | "--help" | "-h"] => {
             print!("{HELP}");

@@ -4,7 +4,7 @@
 pub(crate) mod process;
 pub(crate) mod runner;
 pub(crate) mod rust_tests;
-mod state;
+pub(crate) mod state;
 pub(crate) mod suites;
 pub(crate) mod surroundings;
 pub(crate) mod tally;

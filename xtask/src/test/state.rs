@@ -4,13 +4,27 @@
 use std::fs;
 use std::path::Path;
 
+/// Where the number of the group stands among the fields behind the name in `stat`.
+const GROUP: usize = 2;
+/// Where that of the session stands.
+const SESSION: usize = 3;
+
 /// The state of all threads of a process group, one line each.
 pub(crate) fn of_group(group: u32) -> String {
+    of_all(GROUP, group)
+}
+
+/// The state of all threads of a session, one line each.
+pub(crate) fn of_session(session: u32) -> String {
+    of_all(SESSION, session)
+}
+
+fn of_all(field: usize, value: u32) -> String {
     let mut report =
         String::from("\nstate at the time limit (process/thread name state wchan syscall):\n");
     for process in numbers(Path::new("/proc")) {
         let folder = format!("/proc/{process}");
-        if group_of(&folder) == Some(group) {
+        if number_in(&folder, field) == Some(value) {
             for thread in numbers(Path::new(&format!("{folder}/task"))) {
                 let line = of_thread(&format!("{folder}/task/{thread}"));
                 report.push_str(&format!("  {process}/{thread} {line}\n"));
@@ -31,10 +45,10 @@ fn of_thread(folder: &str) -> String {
     format!("{} {state} {} [{}]", read("comm"), read("wchan"), read("syscall"))
 }
 
-/// The process group of a process.
-fn group_of(folder: &str) -> Option<u32> {
+/// A number from the `stat` of a process, counted from behind its name.
+fn number_in(folder: &str, field: usize) -> Option<u32> {
     let stat = fs::read_to_string(format!("{folder}/stat")).ok()?;
-    after_name(&stat)?.split(' ').nth(2)?.parse().ok()
+    after_name(&stat)?.split(' ').nth(field)?.parse().ok()
 }
 
 /// The fields of a `stat` line behind the name, which may hold spaces and parentheses itself.
@@ -61,8 +75,10 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_a_group_and_a_running_thread() {
-        let group = group_of("/proc/self").expect("every process has a group");
+    fn this_process_has_a_group_a_session_and_a_running_thread() {
+        let group = number_in("/proc/self", GROUP).expect("every process has a group");
+        let session = number_in("/proc/self", SESSION).expect("every process has a session");
         assert!(of_group(group).contains(" R "));
+        assert!(of_session(session).contains(" R "));
     }
 }
