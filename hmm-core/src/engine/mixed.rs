@@ -237,6 +237,18 @@ impl Engine for MixedEngine {
         self.files.withdraw_by(range, &|part| self.uffd.drop_watched(part))
     }
 
+    fn copies_read_only(&self) -> bool {
+        self.uffd.copies_read_only()
+    }
+
+    fn take_by_copy(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+        self.uffd.take_by_copy(range, frame)
+    }
+
+    fn withdraw_copied(&self, range: AddrRange) -> Progress {
+        self.uffd.withdraw_copied(range)
+    }
+
     fn hides(&self, range: AddrRange) -> bool {
         self.in_use() && self.files.hides(range)
     }

@@ -281,6 +281,19 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn withdraw(&self, range: AddrRange) -> Progress {
         Progress { pages: range.pages(), stop: Stop::Done }
     }
+    /// Whether pages of a read-only mapping can leave while nobody changes its access: by [`Engine::take_by_copy`] and
+    /// [`Engine::withdraw_copied`], and home by [`Give::Copy`].
+    fn copies_read_only(&self) -> bool {
+        false
+    }
+    /// As [`Engine::take`], of pages that nobody can write to: their contents are copied, and stay.
+    fn take_by_copy(&self, _range: AddrRange, _frame: VirtAddr) -> Progress {
+        Progress { pages: 0, stop: Stop::Refused }
+    }
+    /// As [`Engine::withdraw`], after [`Engine::take_by_copy`].
+    fn withdraw_copied(&self, _range: AddrRange) -> Progress {
+        Progress { pages: 0, stop: Stop::Refused }
+    }
     /// Installs the contents of frames from `frame` on, each page atomically. Need not wake anybody: the caller does,
     /// when it is done with everything else.
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;

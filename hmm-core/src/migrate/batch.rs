@@ -86,6 +86,8 @@ impl Page {
 pub(super) struct Batch {
     pub(super) mm: Arc<Mm>,
     pub(super) vma: Vma,
+    /// Pages leave by copy, since nobody can write to them.
+    pub(super) copies: bool,
     pub(super) collect: Collect,
     pub(super) range: AddrRange,
     pub(super) flight: Shared<Flight>,
@@ -113,6 +115,7 @@ impl Batch {
         let mut batch = Self {
             mm: Arc::clone(mm),
             vma: *vma,
+            copies: mm.copies(vma),
             collect,
             range,
             flight,
@@ -183,7 +186,7 @@ impl Batch {
     }
 
     fn hold_leaf(&mut self, part: AddrRange, blocked: &PageSet) -> Result<()> {
-        let stays = self.vma.stays();
+        let stays = self.mm.stays(&self.vma);
         let mm = Arc::clone(&self.mm);
         let no_memory = Error::NoMemory { what: "page table leaf" };
         let leaf = mm.table.leaf_or_new(part.start()).ok_or(no_memory)?;
@@ -341,24 +344,26 @@ impl Batch {
     /// Fills `src` for the driver.
     pub(super) fn describe(&self, src: &mut [MigratePfn]) {
         const BASE: MigrateFlags = MigrateFlags::MIGRATE.union(MigrateFlags::LOCKED);
+        let vma_write = match self.vma.protection.contains(Protection::WRITE) {
+            true => MigrateFlags::WRITE,
+            false => MigrateFlags::empty(),
+        };
         for (index, (page, out)) in self.pages.iter().zip(src).enumerate() {
             *out = match (page.held, page.entry.place(), self.frame_of(index)) {
                 (Held::Taken, Place::Coherent(page), _) => {
-                    MigratePfn::new(page, BASE | MigrateFlags::DEVICE | MigrateFlags::WRITE)
+                    MigratePfn::new(page, BASE | MigrateFlags::DEVICE | vma_write)
                 }
                 // Dropped, and nobody has said so yet.
                 (Held::Empty, Place::Coherent(_), _) => MigratePfn::stays(Stay::Dropped),
                 (Held::Taken, _, Some(frame)) => {
-                    MigratePfn::new(Pfn::of_addr(frame), BASE | MigrateFlags::WRITE)
+                    MigratePfn::new(Pfn::of_addr(frame), BASE | vma_write)
                 }
                 (Held::Empty, ..) => MigratePfn::bare(MigrateFlags::MIGRATE),
                 (Held::OnDevice, Place::Device(device), _) => {
                     // The vma may have become read-only while the page was away.
-                    let vma_writable = self.vma.protection.contains(Protection::WRITE);
-                    let write = if vma_writable && page.entry.is_writable() {
-                        MigrateFlags::WRITE
-                    } else {
-                        MigrateFlags::empty()
+                    let write = match page.entry.is_writable() {
+                        true => vma_write,
+                        false => MigrateFlags::empty(),
                     };
                     MigratePfn::new(device, BASE | MigrateFlags::DEVICE | write)
                 }

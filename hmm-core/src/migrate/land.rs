@@ -4,7 +4,7 @@ use super::batch::{Batch, Fate, Held};
 use crate::addr::{AddrRange, Pfn};
 use crate::devmem::{Devmem, LastFound};
 use crate::engine::{Give, Present, Stop, VmaKind};
-use crate::flags::Capabilities;
+use crate::flags::{Capabilities, Protection};
 use crate::limits::{DEADLINE, MOVE_MINIMUM};
 use crate::mm::page_table::Entry;
 use crate::ops::{InvalidateEvent, Invalidation};
@@ -58,7 +58,9 @@ impl Batch {
                     strays |= self.land_on_device(index, target, Entry::coherent(target));
                 }
                 (_, Fate::ToDevice(target) | Fate::ToCoherent(target)) => {
-                    let write = page.held != Held::OnDevice || page.entry.is_writable();
+                    let vma_write = self.vma.protection.contains(Protection::WRITE);
+                    let write =
+                        vma_write && (page.held != Held::OnDevice || page.entry.is_writable());
                     strays |= self.land_on_device(index, target, Entry::device(target, write));
                 }
                 (_, Fate::Lost) => {
@@ -173,6 +175,7 @@ impl Batch {
         let count = if self.flight.is_in_place(index) { self.run_in_place(index) } else { 1 };
         // An engine that cannot move leaves the frames populated.
         let can_move = self.vma.kind == VmaKind::Anonymous
+            && !self.copies
             && mm.engine.capabilities().contains(Capabilities::MOVE);
         let how = if can_move && count >= MOVE_MINIMUM { Give::Move } else { Give::Copy };
         let range = AddrRange::from_bounds(

@@ -170,7 +170,10 @@ impl Batch {
             Err(Error::NoMemory { .. }) => return Taken::none(Stay::NoMemory),
             Err(_) => return Taken { pages: 0, stop: Stop::Refused, why: None },
         };
-        let progress = self.mm.engine.take(run, frame);
+        let progress = match self.copies {
+            true => self.mm.engine.take_by_copy(run, frame),
+            false => self.mm.engine.take(run, frame),
+        };
         for page in index..index + progress.pages {
             self.pages[page].held = Held::Taken;
         }
@@ -197,7 +200,7 @@ impl Batch {
             }
             _ => return Stay::Changing,
         };
-        match vma.stays() {
+        match self.mm.stays(&vma) {
             Some(why) => why,
             None if engine.is_locked(page) => Stay::Locked,
             None => Stay::Refused,
@@ -215,7 +218,11 @@ impl Batch {
                 index += 1;
                 continue;
             }
-            let progress = self.mm.engine.withdraw(self.range.sub(index, count));
+            let run = self.range.sub(index, count);
+            let progress = match self.copies {
+                true => self.mm.engine.withdraw_copied(run),
+                false => self.mm.engine.withdraw(run),
+            };
             index += progress.pages;
             match progress.stop {
                 Stop::Done => {}

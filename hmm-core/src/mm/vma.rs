@@ -1,5 +1,6 @@
 //! The process's mappings, asked from the engine each time, and the lock of the address space.
 
+use super::Mm;
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Engine, Mapping, VmaKind};
 use crate::error::{Error, Result};
@@ -58,6 +59,25 @@ impl Vma {
         self.moves
             && self.protection.contains(Protection::READ | Protection::WRITE)
             && !self.protection.contains(Protection::EXEC)
+    }
+}
+
+impl Mm {
+    /// Why none of a vma's pages can leave now. Read-only anonymous memory can where changes of access are announced:
+    /// then nobody writes to it while its contents are copied.
+    pub(crate) fn stays(&self, vma: &Vma) -> Option<Stay> {
+        match vma.stays() {
+            Some(Stay::Protection) if self.copies(vma) => None,
+            why => why,
+        }
+    }
+
+    /// Whether pages of a vma leave by copy and drop.
+    pub(crate) fn copies(&self, vma: &Vma) -> bool {
+        vma.kind == VmaKind::Anonymous
+            && vma.protection == Protection::READ
+            && self.is_ordered()
+            && self.engine.copies_read_only()
     }
 }
 

@@ -1,4 +1,5 @@
-//! Taking pages on kernels without `UFFDIO_MOVE` (before Linux 6.8): write-protect, copy, drop.
+//! Taking pages on kernels without `UFFDIO_MOVE` (before Linux 6.8), and of read-only mappings, which it refuses:
+//! write-protect, copy, drop.
 //!
 //! Stores wait from the write-protection on. What is dropped is reported like a drop of the program's own; the engine
 //! knows its own by the range. The kernel has no drop that looks first, and lets go of its lock until the event was read:
@@ -7,11 +8,17 @@
 use super::UffdEngine;
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::linux::memory;
-use crate::engine::{Present, Progress, Stop};
+use crate::engine::{Give, Present, Progress, Stop};
+
+/// The frames from `frame` on for the pages of a run.
+fn frame_run(frame: VirtAddr, run: AddrRange) -> AddrRange {
+    AddrRange::from_bounds(frame.get(), frame.get() + run.len())
+}
 
 impl UffdEngine {
-    /// Copies contents into frames while stores wait.
-    pub(super) fn take_by_copy(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+    /// Copies contents into frames while stores wait. Where protection is asynchronous, they do not: then it is for
+    /// mappings that nobody can write to.
+    pub(super) fn copy_protected(&self, range: AddrRange, frame: VirtAddr) -> Progress {
         let Some(range) = self.pages.pieces(range).next() else {
             return Progress { pages: 0, stop: Stop::Refused };
         };
@@ -22,7 +29,7 @@ impl UffdEngine {
         let scanned = self.presence.scan(range, &mut |run, present| {
             if matches!(present, Present::Page | Present::File | Present::Swapped) {
                 let to = frame.plus_pages(range.index_of(run.start()));
-                whole &= self.memory.as_ref().is_some_and(|memory| memory.copy_in(run, to));
+                whole &= self.fill_from(run, to);
             }
         });
         if whole && scanned.is_ok() {
@@ -30,6 +37,15 @@ impl UffdEngine {
         }
         self.pages_at(range.start()).unprotect(range);
         Progress { pages: 0, stop: Stop::Busy }
+    }
+
+    /// Copies present pages into empty frames. Where these are for moving, an access to one is a fault.
+    fn fill_from(&self, run: AddrRange, frame: VirtAddr) -> bool {
+        if self.can_move {
+            return self.pages.give(frame_run(frame, run), run.start(), Give::Copy).pages
+                == run.pages();
+        }
+        self.memory.as_ref().is_some_and(|memory| memory.copy_in(run, frame))
     }
 
     /// Drops what was copied.

@@ -311,7 +311,7 @@ impl Engine for UffdEngine {
 
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress {
         match self.service.second() {
-            _ if !self.can_move => self.take_by_copy(range, frame),
+            _ if !self.can_move => self.copy_protected(range, frame),
             Some(second) => second.take(&self.pages, range, frame, self.mode_of(Watch::Absence)),
             None => self.pages.take(range, frame),
         }
@@ -326,9 +326,20 @@ impl Engine for UffdEngine {
     }
 
     fn withdraw(&self, range: AddrRange) -> Progress {
-        if self.can_move {
-            return Progress { pages: range.pages(), stop: Stop::Done };
+        match self.can_move {
+            true => Progress { pages: range.pages(), stop: Stop::Done },
+            false => self.drop_copied(range),
         }
+    }
+
+    fn copies_read_only(&self) -> bool {
+        self.memory.is_some() && self.features & feature::PAGEFAULT_FLAG_WP != 0
+    }
+
+    fn take_by_copy(&self, range: AddrRange, frame: VirtAddr) -> Progress {
+        self.copy_protected(range, frame)
+    }
+    fn withdraw_copied(&self, range: AddrRange) -> Progress {
         self.drop_copied(range)
     }
 
