@@ -147,49 +147,44 @@ static int command_migrate_to_device(struct command *command)
 }
 
 /*
- * Takes pages from the CPU for the device alone. They are locked until they are in the table; the first touch by the
- * CPU gets them back, after invalidate() has removed them from it.
+ * Takes a page from the CPU for the device alone. It is locked until it is in the table; the first touch by the CPU
+ * after that gets it back, when invalidate() has removed it from there.
+ *
+ * One page at a time, as kernels since v6.15 do it: who holds a locked page must not wait for another. The error is
+ * v6.1's, whatever the reason.
  */
-static int exclusive_step(struct command *command, unsigned long start, unsigned long end)
+static int exclusive_page(struct command *command, unsigned long addr)
 {
 	struct dmirror *mirror = command->mirror;
-	int wanted = (int)((end - start) >> PAGE_SHIFT), mapped = 0, got;
-	int ret = table_reserve(&mirror->table, &mirror->mutex, start, end);
+	struct folio *folio;
+	struct page *page;
+	int ret = hmm_mm_read_lock(mirror->mm);
 
-	if (!ret)
-		ret = hmm_mm_read_lock(mirror->mm);
 	if (ret)
 		return ret;
-	memset(command->pages, 0, sizeof(command->pages));
-	got = make_device_exclusive_range(mirror->mm, start, end, command->pages, mirror->device);
-	pthread_mutex_lock(&mirror->mutex);
-	for (int i = 0; got == wanted && i < wanted; i++) {
-		if (!command->pages[i])
-			continue;
-		table_set(&mirror->table, start + (unsigned long)i * PAGE_SIZE,
-			  table_make(page_to_pfn(command->pages[i]), TABLE_ATOMIC));
-		mapped++;
-	}
-	pthread_mutex_unlock(&mirror->mutex);
-	for (int i = 0; i < got; i++) {
-		if (!command->pages[i])
-			continue;
-		unlock_page(command->pages[i]);
-		put_page(command->pages[i]);
+	page = make_device_exclusive(mirror->mm, addr, mirror->device, &folio);
+	if (IS_ERR(page)) {
+		ret = -EBUSY;
+	} else {
+		pthread_mutex_lock(&mirror->mutex);
+		table_set(&mirror->table, addr, table_make(page_to_pfn(page), TABLE_ATOMIC));
+		pthread_mutex_unlock(&mirror->mutex);
+		unlock_page(page);
+		put_page(page);
 	}
 	hmm_mm_read_unlock(mirror->mm);
-	return mapped == wanted ? 0 : -EBUSY;
+	return ret;
 }
 
 static int command_exclusive(struct command *command)
 {
+	struct dmirror *mirror = command->mirror;
 	int ret = 0;
 
-	for (unsigned long start = command->start, end; !ret && start < command->end; start = end) {
-		end = start + STEP_PAGES * PAGE_SIZE;
-		if (end > command->end || end < start)
-			end = command->end;
-		ret = exclusive_step(command, start, end);
+	for (unsigned long addr = command->start; !ret && addr < command->end; addr += PAGE_SIZE) {
+		ret = table_reserve(&mirror->table, &mirror->mutex, addr, addr + PAGE_SIZE);
+		if (!ret)
+			ret = exclusive_page(command, addr);
 	}
 	return ret ? ret : read_back(command);
 }

@@ -24,7 +24,7 @@
 #include <time.h>
 
 #define FAULT_PAGES 32		/* pages that one hmm_range_fault() looks at */
-#define STEP_PAGES 64		/* pages of one migration, or of one request for exclusive access */
+#define STEP_PAGES 64		/* pages of one migration */
 #define CHUNK_BYTES (256UL << 20)
 #define CHUNK_PAGES (CHUNK_BYTES / PAGE_SIZE)
 #define DEVICE_CHUNKS 16	/* a unit has 4 GiB at most */
