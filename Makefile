@@ -18,10 +18,11 @@ SONAME := libhmm.so.0.1
 VENV := $(CURDIR)/.venv
 PYTHON_PACKAGES := 'maturin==1.16.0' 'numpy>=2,<3' 'pytest>=9,<10'
 XTASK := $(CARGO) run --quiet --package xtask --
+DMIRROR := $(TARGET)/release/libhmm_dmirror.so
 EXAMPLES := $(patsubst examples/c/%.c,$(TARGET)/demo/%,$(wildcard examples/c/*.c))
 
 .PHONY: demo test check bench stress soak matrix promises kselftest clean
-.PHONY: help lib examples python header fmt install
+.PHONY: help lib examples dmirror python header fmt install
 
 demo: examples python
 	$(TARGET)/demo/wordindex
@@ -59,7 +60,7 @@ matrix: examples python
 	$(XTASK) matrix $(MATRIX)
 
 # KSELFTEST holds options: make kselftest KSELFTEST='--runs 10 --engine uffd'
-kselftest: lib dmirror
+kselftest: dmirror
 	$(XTASK) kselftest $(KSELFTEST)
 
 clean:
@@ -80,6 +81,7 @@ help:
 	@echo 'make kselftest the kernel'"'"'s own HMM tests, unmodified, on libhmm; fetches their source from Debian once'
 	@echo 'make lib       the C library, in target/capi'
 	@echo 'make examples  the C examples, in target/demo'
+	@echo 'make dmirror   the kernel'"'"'s test device, as target/release/libhmm_dmirror.so for LD_PRELOAD'
 	@echo 'make python    a virtual environment in .venv with the Python module in it'
 	@echo 'make header    generate include/hmm.h again'
 	@echo 'make fmt       format the Rust sources'
@@ -97,6 +99,16 @@ examples: $(EXAMPLES)
 $(TARGET)/demo/%: examples/c/%.c include/hmm.h Makefile | lib
 	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -Wall -Wextra $(CFLAGS) -Iinclude -o $@ $< -L$(CAPI) -Wl,-rpath,$(CAPI) -lhmm -lm -pthread
+
+# libhmm_preload.so lies beside it, libhmm in the folder of the C library, or beside it when installed. Loaded as an
+# auxiliary library, the former stands before libc (examples/dmirror/shim.c). No lazy binding: callbacks call libhmm.
+dmirror: $(DMIRROR)
+
+$(DMIRROR): $(wildcard examples/dmirror/*.[ch]) include/hmm.h Makefile | lib
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -Wall -Wextra -Werror $(CFLAGS) -fPIC -fvisibility=hidden -shared -Iinclude -o $@ \
+		$(filter %.c,$^) -L$(CAPI) -lhmm -pthread -Wl,--auxiliary=libhmm_preload.so \
+		-Wl,-soname,$(@F) -Wl,-rpath,'$$ORIGIN:$$ORIGIN/../capi' -Wl,-z,now -Wl,-z,defs -Wl,-z,nodelete
 
 python: $(VENV)/ready
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/maturin develop --quiet --release --manifest-path hmm-py/Cargo.toml

@@ -21,7 +21,8 @@
  * mmap(), any pointer.
  *
  * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers
- * of its age (kernels v4.14 to v4.17). What is ours and not the kernel's begins with hmm_mm_,
+ * of its age (kernels v4.14 to v4.17); and, behind them, those of today's kernels (v5.5 to v7.3).
+ * Both work on one mechanism, and may be used side by side. What is ours and not the kernel's begins with hmm_mm_,
  * hmm_soft_, or is marked "Source: ours". Numbered promises (1 to 82) are the statements of
  * hmm.txt that the tests of this project are named after.
  *
@@ -76,6 +77,10 @@
  *
  *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see
  *    the end of this file).
+ *  - HMM_API_7_3: names that have another meaning in today's kernels (HMM_PFN_VALID and its
+ *    kin, struct hmm_range, hmm_pfn_to_page) have that of kernel v7.3. For drivers that use
+ *    hmm_range_fault(); everything else of today's kernels is there without it. Excludes
+ *    HMM_API_4_17.
  *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn,
  *    find_vma, container_of, ...); each has a name with hmm_ in front that is always there.
  *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs
@@ -105,9 +110,13 @@
 
 /*
  * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those
- * of kernel v4.14. With HMM_API_4_17 the same names are indices into the driver's own tables.
+ * of kernel v4.14. With HMM_API_4_17 the same names are indices into the driver's own tables,
+ * and with HMM_API_7_3 they are the entries of hmm_range_fault().
  */
-#ifndef HMM_API_4_17
+#if defined(HMM_API_4_17) && defined(HMM_API_7_3)
+#error "HMM_API_4_17 and HMM_API_7_3 exclude each other: they give the same names to different things"
+#endif
+#if !defined(HMM_API_4_17) && !defined(HMM_API_7_3)
 /** The entry holds a pfn. */
 #define HMM_PFN_VALID (1UL << 0)
 /** The mapping is readable. */
@@ -124,7 +133,7 @@
 #define HMM_PFN_DEVICE_UNADDRESSABLE (1UL << 6)
 /** Position of the pfn in an entry. */
 #define HMM_PFN_SHIFT 7
-#else
+#elif defined(HMM_API_4_17)
 /** Indices into range->flags: the driver's own bits. */
 enum hmm_pfn_flag_e {
   /** Holds a pfn, and is readable. In a request: make it present. */
@@ -147,9 +156,46 @@ enum hmm_pfn_value_e {
   /** Entries of range->values. */
   HMM_PFN_VALUE_MAX
 };
+#else
+/** The entry holds a pfn, in its low bits; the page can be read. */
+#define HMM_PFN_VALID (1UL << 63)
+/** The page can be written now, without a fault. */
+#define HMM_PFN_WRITE (1UL << 62)
+/** Nothing is mapped there, or the page cannot be had. */
+#define HMM_PFN_ERROR (1UL << 61)
+/** In a request: make it present. */
+#define HMM_PFN_REQ_FAULT HMM_PFN_VALID
+/** In a request, with HMM_PFN_REQ_FAULT: make it writable. */
+#define HMM_PFN_REQ_WRITE HMM_PFN_WRITE
+/** The driver's, as the next two: the library leaves them as they are. The page is mapped for DMA. */
+#define HMM_PFN_DMA_MAPPED (1UL << 60)
+/** The page is reached from device to device. */
+#define HMM_PFN_P2PDMA (1UL << 59)
+/** The page is reached from device to device by a bus address. */
+#define HMM_PFN_P2PDMA_BUS (1UL << 58)
+/** Position of the order of the mapping, in 5 bits: hmm_pfn_to_map_order() reads it. */
+#define HMM_PFN_ORDER_SHIFT 53
+/** All bits that are not the pfn's. */
+#define HMM_PFN_FLAGS (~0UL << HMM_PFN_ORDER_SHIFT)
 #endif
 
-/* Entries of src and dst of migrate_vma(); the values are the kernel's. */
+/** A usual limit for hmm_range_fault_unlocked_timeout(), and for a driver's own rounds: milliseconds. */
+#define HMM_RANGE_DEFAULT_TIMEOUT 1000
+
+/** In mmu_notifier_range.flags: the callback may sleep. */
+#define MMU_NOTIFIER_RANGE_BLOCKABLE (1 << 0)
+
+/** What migrate_vma_setup() collects: a set of these is migrate_vma.flags. The values are the kernel's. */
+enum migrate_vma_direction {
+  /** Pages of system memory, and holes. (The kernel collects holes whatever flags says.) */
+  MIGRATE_VMA_SELECT_SYSTEM = 1 << 0,
+  /** Pages of device memory that the CPU cannot address, of pgmap_owner. */
+  MIGRATE_VMA_SELECT_DEVICE_PRIVATE = 1 << 1,
+  /** Pages of device memory that the CPU can address, of pgmap_owner. */
+  MIGRATE_VMA_SELECT_DEVICE_COHERENT = 1 << 2
+};
+
+/* Entries of src and dst of migrate_vma() and of migrate_vma_setup(); the values are the kernel's. */
 /** The entry holds a pfn. */
 #define MIGRATE_PFN_VALID (1UL << 0)
 /** In src: will migrate (in alloc_and_copy), did migrate (in finalize_and_map and afterwards). */
@@ -275,6 +321,7 @@ enum hmm_pfn_value_e {
 
 struct hmm_mirror;
 struct hmm_devmem;
+struct mmu_interval_notifier;
 
 /** The kernel's type for entries at the level of 2 MiB. */
 typedef struct pmd_t pmd_t;
@@ -291,6 +338,35 @@ typedef struct pmd_t pmd_t;
 enum hmm_update_type {
   /** The device must not use its translations of the range any more. */
   HMM_UPDATE_INVALIDATE,
+};
+
+/** Why a range is invalidated. The values are the kernel's. */
+enum mmu_notifier_event {
+  /** munmap(), or the old place of an mremap(). */
+  MMU_NOTIFY_UNMAP = 0,
+  /**
+   * The contents are replaced or dropped, or the page is another one: madvise(), a page that
+   * comes home, a page that the CPU takes back from its exclusive user.
+   */
+  MMU_NOTIFY_CLEAR = 1,
+  /**
+   * The protection of the mapping changes. Only where the program announces that: see
+   * HMM_CAPABILITY_ORDERED.
+   */
+  MMU_NOTIFY_PROTECTION_VMA = 2,
+  /** The kernel's, for single pages; not used here. */
+  MMU_NOTIFY_PROTECTION_PAGE = 3,
+  /** The kernel's, for its tracking of written pages; not used here. */
+  MMU_NOTIFY_SOFT_DIRTY = 4,
+  /**
+   * The address space is being closed: start is 0, end ULONG_MAX, and the device must not use it
+   * any more.
+   */
+  MMU_NOTIFY_RELEASE = 5,
+  /** Pages migrate; owner is the pgmap_owner of who migrates them. */
+  MMU_NOTIFY_MIGRATE = 6,
+  /** Pages become one device's alone; owner is who asked for that. */
+  MMU_NOTIFY_EXCLUSIVE = 7,
 };
 
 /**
@@ -355,6 +431,23 @@ enum hmm_stay {
   /** A hole, and its memory group is at its limit. */
   HMM_STAY_LIMIT = 24,
 };
+
+/** Kinds of device memory: values of dev_pagemap.type. The values are the kernel's. */
+enum memory_type {
+  /** The CPU cannot address it: a touch of a page that is there brings it home. */
+  MEMORY_DEVICE_PRIVATE = 1,
+  /** The CPU addresses it as its own memory, coherently. Its pages can be evicted. */
+  MEMORY_DEVICE_COHERENT = 2,
+  /** The kernel's; not supported. */
+  MEMORY_DEVICE_FS_DAX = 3,
+  /** The kernel's; not supported. */
+  MEMORY_DEVICE_GENERIC = 4,
+  /** The kernel's; not supported. */
+  MEMORY_DEVICE_PCI_P2PDMA = 5,
+};
+
+/** Pages that belong together: opaque. Here every page is alone, and a folio is its page. */
+struct folio;
 
 /** The library's side of a mirror: opaque. */
 struct hmm;
@@ -690,6 +783,217 @@ struct migrate_vma_ops {
                            void *private_data);
 };
 
+/** First and last address of a subscription. */
+struct hmm_interval {
+  /** First address. */
+  unsigned long start;
+  /** Last address, inclusive. */
+  unsigned long last;
+};
+
+/** One change of the CPU page table, as invalidate() receives it. */
+struct mmu_notifier_range {
+  /** The address space. */
+  struct mm_struct *mm;
+  /** First address that changes; may be below the subscription's first one. */
+  unsigned long start;
+  /** First address behind what changes; may be above the subscription's last one. */
+  unsigned long end;
+  /** MMU_NOTIFIER_RANGE_BLOCKABLE, always: callbacks may sleep. */
+  unsigned int flags;
+  /** Why. */
+  enum mmu_notifier_event event;
+  /**
+   * For MMU_NOTIFY_MIGRATE and MMU_NOTIFY_EXCLUSIVE: on whose behalf, so that a driver knows its
+   * own changes; otherwise NULL.
+   */
+  void *owner;
+};
+
+/** A driver's side of an interval notifier. Copied by mmu_interval_notifier_insert(). */
+struct mmu_interval_notifier_ops {
+  /**
+   * Mandatory. The CPU page table is about to change inside the subscription: take the driver's
+   * update lock, call mmu_interval_set_seq() with cur_seq, drop the device's translations of the
+   * range and wait until the device uses none of them, then return: the change waits for it.
+   * Calls for one subscription may come from several threads at once.
+   *
+   * Returns true. (False is for kernel ranges that are not blockable, which there are none of
+   * here; the change is made then all the same.)
+   *
+   * Called with no lock of the library held. It must not touch memory that may migrate
+   * (hmm_pin_range() what it needs), must not call malloc or free, must not call a function that
+   * this header does not mark "callbacks included", and must not leave by longjmp or an
+   * exception.
+   */
+  bool (*invalidate)(struct mmu_interval_notifier *interval_sub,
+                     const struct mmu_notifier_range *range,
+                     unsigned long cur_seq);
+};
+
+/**
+ * A subscription to the changes of a range. The driver embeds it in a structure of its own, and
+ * gets back to that with container_of(). It need not be cleared before.
+ *
+ * Its pages are pinned while it is inserted. It must not move, and may be freed once
+ * mmu_interval_notifier_remove() returned.
+ */
+struct mmu_interval_notifier {
+  /** The range, as given to mmu_interval_notifier_insert(); to be read only. */
+  struct hmm_interval interval_tree;
+  /** As given to mmu_interval_notifier_insert(); not looked at any more. */
+  const struct mmu_interval_notifier_ops *ops;
+  /** As given to mmu_interval_notifier_insert(), without a reference. */
+  struct mm_struct *mm;
+  /** What mmu_interval_set_seq() stored. */
+  unsigned long invalidate_seq;
+  /** The library's; room for later versions. */
+  unsigned long reserved[4];
+};
+
+/**
+ * A range in the form of today's kernels, which the header calls `struct hmm_range` when
+ * HMM_API_7_3 is defined. The driver sets every member; all of them stay its own.
+ */
+struct hmm_range_7_3 {
+  /** A subscription that covers the range. */
+  struct mmu_interval_notifier *notifier;
+  /** What mmu_interval_read_begin() returned for it. */
+  unsigned long notifier_seq;
+  /** First address, page aligned. */
+  unsigned long start;
+  /** First address behind the range, page aligned. */
+  unsigned long end;
+  /** One entry for each page: in, what is wanted of it; out, what is there. */
+  unsigned long *hmm_pfns;
+  /**
+   * Wanted of every page, beside what its entry says: HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, both
+   * or none.
+   */
+  unsigned long default_flags;
+  /** Which of these flags of the entries count; 0: only default_flags do. */
+  unsigned long pfn_flags_mask;
+  /**
+   * Whose device pages are reported as they are: the owner of the driver's own struct
+   * dev_pagemap, or NULL. Pages on other devices that the CPU cannot address count as absent, and
+   * come home when they are faulted.
+   */
+  void *dev_private_owner;
+};
+
+/** What migrate_to_ram returns: 0 or VM_FAULT_ values. */
+typedef unsigned int vm_fault_t;
+
+/** A touch of a page that is on a device, as migrate_to_ram receives it. */
+struct vm_fault {
+  /** The mapping around the address; the thread counts as holding the lock of the address space. */
+  struct vm_area_struct *vma;
+  /** The touched page's address. */
+  unsigned long address;
+  /** The device page; it stays what it is until the callback returns. */
+  struct page *page;
+  /** A set of FAULT_FLAG_WRITE and FAULT_FLAG_REMOTE. */
+  unsigned int flags;
+};
+
+/**
+ * A driver's side of device memory. Copied by memremap_pages().
+ *
+ * Both are called with no lock of the library held, migrate_to_ram usually on a thread that answers
+ * CPU faults. They must not touch memory that may migrate (hmm_pin_range() what they need), must
+ * not call malloc or free, and must not leave by longjmp or an exception.
+ */
+struct dev_pagemap_ops {
+  /**
+   * Mandatory. The last reference to a device page is gone: the driver may reuse it at once.
+   * Called exactly once for each page that was named as a destination of a migration, also when
+   * that failed. The driver's locks may be taken, but must not be held around calls that free
+   * pages (memunmap_pages, migrate_vma_pages, migrate_vma_finalize, munmap).
+   */
+  void (*page_free)(struct page *page);
+  /**
+   * Mandatory for MEMORY_DEVICE_PRIVATE, not used for others. The CPU touches vmf->address, whose
+   * page is on the device: bring it home with migrate_vma_setup(), migrate_vma_pages() and
+   * migrate_vma_finalize() on a range inside vmf->vma that holds it, with vmf->page as fault_page;
+   * neighbours may come along.
+   *
+   * Returns 0 or VM_FAULT_MAJOR when it was done, VM_FAULT_SIGBUS when the data is lost (the CPU
+   * access gets SIGBUS, never zeros), VM_FAULT_OOM when there is no memory now (the access is
+   * tried again).
+   */
+  vm_fault_t (*migrate_to_ram)(struct vm_fault *vmf);
+};
+
+/** A range of addresses of device memory. */
+struct hmm_pagemap_range {
+  /** First address. */
+  uint64_t start;
+  /** Last address, inclusive. */
+  uint64_t end;
+};
+
+/**
+ * Device memory, described by the driver, which sets type, ops, owner, and range to 0 and the size
+ * minus 1. It may embed this in a structure of its own, and gets back to that with container_of().
+ *
+ * Its pages are pinned while it is registered. It must not move, and may be freed once
+ * memunmap_pages() succeeded.
+ */
+struct dev_pagemap {
+  /** MEMORY_DEVICE_PRIVATE or MEMORY_DEVICE_COHERENT. */
+  enum memory_type type;
+  /** The kernel's; not looked at. */
+  unsigned int flags;
+  /** The driver's callbacks; not looked at after memremap_pages(). */
+  const struct dev_pagemap_ops *ops;
+  /**
+   * Whose the pages are: pgmap_owner of migrate_vma_setup(), dev_private_owner of
+   * hmm_range_fault(). Not NULL.
+   */
+  void *owner;
+  /** How many ranges; there is one, and 0 means the same as 1. */
+  int nr_range;
+  /**
+   * In: how large it is, end - start + 1 bytes, rounded up to whole pages. Out: where it lies;
+   * the first page is pfn_to_page(range.start >> PAGE_SHIFT).
+   */
+  struct hmm_pagemap_range range;
+  /** The library's; room for later versions. */
+  unsigned long reserved[4];
+};
+
+/**
+ * A migration by address. The driver sets vma, src, dst, start, end, pgmap_owner, flags and
+ * fault_page, and keeps it where it is until migrate_vma_finalize(). src and dst must not overlap.
+ */
+struct migrate_vma {
+  /** The mapping that holds all of the range. */
+  struct vm_area_struct *vma;
+  /** One entry for each page: where the driver puts it. */
+  unsigned long *dst;
+  /** One entry for each page: what is there; filled in. */
+  unsigned long *src;
+  /** How many pages were collected: entries of src with MIGRATE_PFN_MIGRATE; filled in. */
+  unsigned long cpages;
+  /** How many pages the range has; filled in. */
+  unsigned long npages;
+  /** First address; rounded down to its page. */
+  unsigned long start;
+  /** First address behind the range; rounded down to its page. */
+  unsigned long end;
+  /**
+   * Whose device pages are collected, and who invalidate callbacks are told to migrate: the owner
+   * of the driver's struct dev_pagemap, or NULL.
+   */
+  void *pgmap_owner;
+  /** A set of MIGRATE_VMA_SELECT_SYSTEM, _DEVICE_PRIVATE and _DEVICE_COHERENT. */
+  unsigned long flags;
+  /** In a migrate_to_ram callback vmf->page, otherwise NULL. */
+  struct page *fault_page;
+  /** The library's; room for later versions. */
+  unsigned long reserved[4];
+};
+
 /**
  * What is charged to a group, and what happened to it; bytes, with the groups below it.
  *
@@ -841,9 +1145,11 @@ const char *hmm_last_error(void);
  * The errno of the calling thread's last failure, or of the last function that returns nothing.
  *
  * Some functions return nothing because their kernel models do: hmm_mirror_unregister(),
- * hmm_devmem_remove(), hmm_device_put(), hmm_devmem_page_set_drvdata(). They leave their outcome
- * here: 0 when they did what was asked, else the error. So do hmm_find_vma() and
- * hmm_vma_alloc_locked_page(), whose NULL has several reasons.
+ * hmm_devmem_remove(), hmm_device_put(), hmm_devmem_page_set_drvdata(),
+ * mmu_interval_notifier_remove(), migrate_vma_pages(), memunmap_pages() and others. They leave
+ * their outcome here: 0 when they did what was asked, else the error. So do hmm_find_vma(),
+ * hmm_vma_alloc_locked_page() and hmm_migrate_alloc_page(), whose NULL has several reasons, and
+ * mmu_interval_read_begin() and mmu_interval_read_retry() when they fail.
  *
  * @return 0, or a negative errno such as -EINVAL.
  *
@@ -1878,6 +2184,557 @@ int migrate_vma_4_17(const struct migrate_vma_ops *ops,
 struct page *hmm_vma_alloc_locked_page(struct vm_area_struct *vma, unsigned long addr);
 
 /* ---------------------------------------------------------------------------------------------
+ * Today's kernels: interval notifiers (v5.5 and later)
+ *
+ * From here on stand the names of the kernels that followed, on the same mechanism. A driver
+ * subscribes to a range, and validates what it saw by numbers:
+ *
+ *     again:
+ *       range.notifier_seq = mmu_interval_read_begin(range.notifier);
+ *       hmm_mm_read_lock(mm);
+ *       ret = hmm_range_fault(&range);
+ *       hmm_mm_read_unlock(mm);
+ *       if (ret == -EBUSY)
+ *         goto again;
+ *       if (ret)
+ *         return ret;
+ *       take_lock(driver->update);
+ *       if (mmu_interval_read_retry(range.notifier, range.notifier_seq)) {
+ *         release_lock(driver->update);
+ *         goto again;
+ *       }
+ *       ... write the device's page table from range.hmm_pfns ...
+ *       release_lock(driver->update);
+ *
+ * Bound the number of rounds, or their time: HMM_RANGE_DEFAULT_TIMEOUT.
+ * ------------------------------------------------------------------------------------------ */
+
+/**
+ * Subscribes to the changes of a range: from its return on, ops->invalidate is called before the
+ * CPU page table changes in it, in every part that a call of the library has looked at or migrated.
+ *
+ * Any number of subscriptions may overlap. 0 and ULONG_MAX & PAGE_MASK stand for the whole address
+ * space. Unlike the kernel's, it does not take the lock of the address space.
+ *
+ * @param interval_sub  The driver's structure; filled in.
+ * @param mm            The address space. No reference is taken: remove the subscription before
+ *                      the last hmm_mm_put(), or after it; it hears of MMU_NOTIFY_RELEASE then.
+ * @param start         First address; what changes in its page is told.
+ * @param length        Bytes.
+ * @param ops           The driver's callback; copied.
+ * @return 0, or:
+ *  - -EOVERFLOW: length is 0, or start + length - 1 is above ULONG_MAX;
+ *  - -EINVAL: interval_sub, ops or ops->invalidate is NULL, a pointer is misaligned, mm is no live
+ *    handle, or the range begins above the user address space;
+ *  - -EBUSY: it is inserted already;
+ *  - -EDEADLK: inside a callback;
+ *  - -ENOMEM: more than 4096 subscriptions, mirrors and active ranges;
+ *  - -ENODEV: closed.
+ *
+ * Context: any thread, but not inside a callback; may block.
+ * Source: mmu_interval_notifier_insert() of kernels v5.5 to v7.3.
+ */
+int mmu_interval_notifier_insert(struct mmu_interval_notifier *interval_sub,
+                                 struct mm_struct *mm,
+                                 unsigned long start,
+                                 unsigned long length,
+                                 const struct mmu_interval_notifier_ops *ops);
+
+/**
+ * mmu_interval_notifier_insert(), for callers that hold the lock of the address space for writing.
+ *
+ * @param interval_sub  As for mmu_interval_notifier_insert().
+ * @param mm            The address space, locked by hmm_mm_write_lock() on this thread.
+ * @param start         As for mmu_interval_notifier_insert().
+ * @param length        As for mmu_interval_notifier_insert().
+ * @param ops           As for mmu_interval_notifier_insert().
+ * @return As mmu_interval_notifier_insert(), and -EINVAL when the lock is not held for writing by
+ * this thread.
+ *
+ * Context: the thread that holds the lock; may block.
+ * Source: mmu_interval_notifier_insert_locked() of kernels v5.5 to v7.3.
+ */
+int mmu_interval_notifier_insert_locked(struct mmu_interval_notifier *interval_sub,
+                                        struct mm_struct *mm,
+                                        unsigned long start,
+                                        unsigned long length,
+                                        const struct mmu_interval_notifier_ops *ops);
+
+/**
+ * Ends a subscription: once it returned, no callback of it runs or will run, and the structure may
+ * be freed.
+ *
+ * Waits for callbacks that are running, at most 10 seconds. The driver's update lock must not be
+ * held: a callback may be waiting for it. A structure that is not inserted is left alone.
+ *
+ * From inside a callback of the same address space it cannot wait for itself. Then it is switched
+ * off at once (no further callback begins), hmm_last_errno() says -EDEADLK, and the structure must
+ * stay until a second call, from outside, finished the work. The same holds for -EBUSY, when a
+ * callback did not return in time.
+ *
+ * @param interval_sub  The subscription.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EDEADLK inside a callback; -EBUSY a
+ * callback did not return.
+ *
+ * Context: any thread; blocks while callbacks run.
+ * Source: mmu_interval_notifier_remove() of kernels v5.5 to v7.3.
+ */
+void mmu_interval_notifier_remove(struct mmu_interval_notifier *interval_sub);
+
+/**
+ * Begins a look at the range: its number now, once no invalidation of it is in progress.
+ *
+ * To be called before hmm_range_fault(), without the driver's update lock; the number goes into
+ * range->notifier_seq, and mmu_interval_read_retry() tells later whether it still stands.
+ *
+ * @param interval_sub  The subscription.
+ * @return The number. After an error a number that never stands, so that
+ * mmu_interval_read_retry() is true; hmm_last_errno() tells: -EINVAL it is not inserted, -EBUSY an
+ * invalidation did not end in 10 seconds, -EDEADLK inside a callback.
+ *
+ * Context: any thread, but not inside a callback, and without a lock that callbacks take; sleeps
+ * while the range is being invalidated.
+ * Source: mmu_interval_read_begin() of kernels v5.5 to v7.3.
+ */
+unsigned long mmu_interval_read_begin(struct mmu_interval_notifier *interval_sub);
+
+/**
+ * Ends a look at the range: whether it was invalidated since the number was read. Then what was
+ * seen means nothing, and the driver starts over with mmu_interval_read_begin().
+ *
+ * To be called under the driver's update lock, the one that ops->invalidate takes. Then either the
+ * invalidation already came (the result is true), or its callback waits for the lock and removes
+ * afterwards what the driver writes now. It is about the whole subscription, not about pages.
+ *
+ * @param interval_sub  The subscription.
+ * @param seq           What mmu_interval_read_begin() returned.
+ * @return False when the look still stands. True when something was invalidated; also when it is
+ * not inserted (hmm_last_errno() is -EINVAL then).
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: mmu_interval_read_retry() of kernels v5.5 to v7.3.
+ */
+bool mmu_interval_read_retry(struct mmu_interval_notifier *interval_sub, unsigned long seq);
+
+/**
+ * mmu_interval_read_retry() without the driver's lock: an early test between steps that cost time.
+ * True can be relied on; false is a hint.
+ *
+ * @param interval_sub  The subscription.
+ * @param seq           What mmu_interval_read_begin() returned.
+ * @return As mmu_interval_read_retry().
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: mmu_interval_check_retry() of kernels v5.5 to v7.3.
+ */
+bool mmu_interval_check_retry(struct mmu_interval_notifier *interval_sub, unsigned long seq);
+
+/**
+ * Notes the number of an invalidation in interval_sub->invalidate_seq, under the driver's update
+ * lock. The library counts by itself and does not need it; drivers may read it.
+ *
+ * @param interval_sub  The subscription.
+ * @param cur_seq       What ops->invalidate received.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL it is not inserted (nothing is
+ * changed).
+ *
+ * Context: inside ops->invalidate; does not block.
+ * Source: mmu_interval_set_seq() of kernels v5.5 to v7.3.
+ */
+void mmu_interval_set_seq(struct mmu_interval_notifier *interval_sub, unsigned long cur_seq);
+
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: looking at a range (with HMM_API_7_3)
+ * ------------------------------------------------------------------------------------------ */
+
+/**
+ * Looks at the CPU page table of a range, and makes present and writable what the driver wants so.
+ *
+ * What is wanted of page i is (hmm_pfns[i] & pfn_flags_mask) | default_flags: HMM_PFN_REQ_FAULT,
+ * the page is made present as if the CPU had touched it; with HMM_PFN_REQ_WRITE, writable, too
+ * (copy-on-write is broken); none of them, it is only reported. The entry then says
+ * HMM_PFN_VALID with the pfn in its low bits, HMM_PFN_WRITE when the page can be written now, and
+ * the order of the mapping (hmm_pfn_to_map_order()); or HMM_PFN_ERROR, where nothing is mapped or
+ * it cannot be had; or 0, nothing is there. HMM_PFN_DMA_MAPPED, HMM_PFN_P2PDMA and
+ * HMM_PFN_P2PDMA_BUS stay as the driver set them.
+ *
+ * The range may span several mappings, and holes between them. After success every wish is
+ * fulfilled, as of notifier_seq: the driver takes its update lock, and only if
+ * mmu_interval_read_retry() is false there, the entries may go into the device's page table.
+ *
+ * @param range  All arguments; the address space is that of range->notifier, locked by the caller.
+ * @return 0, or:
+ *  - -EBUSY: the range was invalidated since notifier_seq: start over with
+ *    mmu_interval_read_begin();
+ *  - -EFAULT: a page that is wanted cannot be had, or nothing is mapped there;
+ *  - -EPERM: a page is wanted writable in a mapping that is not;
+ *  - -EINVAL: a pointer is NULL or misaligned, the notifier is not inserted, the bounds are not
+ *    page aligned, empty or reversed, or the lock is not held;
+ *  - -ENOMEM;
+ *  - -EDEADLK: inside ops->invalidate;
+ *  - -ENODEV: closed.
+ *
+ * After an error, entries before the page that failed are final, and those behind it are as they
+ * were.
+ *
+ * Context: a thread that holds the lock of the address space, without a lock that callbacks take;
+ * not inside a callback; may block; may call migrate_to_ram and fault.
+ * Source: hmm_range_fault() of kernels v5.8 to v7.3.
+ */
+int hmm_range_fault(struct hmm_range_7_3 *range);
+
+/**
+ * hmm_range_fault() with all that belongs around it: reads the number of the subscription, takes the
+ * lock of the address space, looks, releases the lock, and starts over when the range was
+ * invalidated meanwhile.
+ *
+ * What is left to the driver is mmu_interval_read_retry() under its update lock, with
+ * range->notifier_seq, which this call sets.
+ *
+ * @param range       As for hmm_range_fault(); notifier_seq is an output.
+ * @param timeout_ms  No new round begins after so many milliseconds (the kernel counts jiffies);
+ *                    HMM_RANGE_DEFAULT_TIMEOUT, or 0 for no limit.
+ * @return As hmm_range_fault(), and -EBUSY when the time was over, -EDEADLK also when this thread
+ * holds the lock for writing.
+ *
+ * Context: any thread, without the lock of the address space and without locks that callbacks take;
+ * not inside a callback; may block; may call migrate_to_ram and fault.
+ * Source: hmm_range_fault_unlocked_timeout() of kernel v7.3.
+ */
+int hmm_range_fault_unlocked_timeout(struct hmm_range_7_3 *range,
+                                     unsigned long timeout_ms);
+
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: device memory, private and coherent
+ *
+ * hmm_devmem_page_set_drvdata() and hmm_devmem_page_get_drvdata() work for these pages, too: they
+ * are page->zone_device_data.
+ * ------------------------------------------------------------------------------------------ */
+
+/**
+ * Registers device memory and makes a descriptor for each of its pages.
+ *
+ * As with hmm_devmem_add(), the library never sees the memory itself, and all pages are free at
+ * first and the driver's to hand out, as destinations of migrations. Coherent memory is the
+ * exception in one respect: contents of a coherent page stay where they are mapped in the process,
+ * so the device reads and writes them there, as it does with system memory. What changes is whose
+ * page it is: it has a pfn of the device's, counts as device memory, and can be evicted.
+ *
+ * @param pgmap  What the driver describes; range is filled in.
+ * @param nid    Not looked at.
+ * @return A cookie that is range.start and no address; the driver may ignore it. On failure
+ * ERR_PTR():
+ *  - -EINVAL: pgmap or its ops is NULL or misaligned, page_free is NULL, or migrate_to_ram for
+ *    private memory, owner is NULL, range is reversed or above 256 GiB, nr_range is above 1, or
+ *    type is unknown;
+ *  - -EOPNOTSUPP: another type of the kernel's;
+ *  - -EBUSY: it is registered already;
+ *  - -ENOMEM: no descriptors, or 64 devices exist already.
+ *
+ * Context: any thread, but not inside a callback; may block.
+ * Source: memremap_pages() of kernels v5.3 to v7.3; page_free as up to v6.18.
+ */
+void *memremap_pages(struct dev_pagemap *pgmap, int nid);
+
+/**
+ * Removes device memory: brings its pages home (private ones through migrate_to_ram), waits until
+ * every page is free, and forgets it.
+ *
+ * If that takes longer than the library waits (about 10 seconds), or a page cannot come home, the
+ * device memory stays as it is: hmm_last_errno() says why, and the call can be made again. The
+ * driver's update lock must not be held.
+ *
+ * @param pgmap  What was given to memremap_pages(); NULL does nothing.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not registered; -EBUSY; -EIO;
+ * -EDEADLK called from inside a callback.
+ *
+ * Context: any thread, but not inside a callback; may block; calls migrate_to_ram and page_free.
+ * Source: memunmap_pages() of kernels v5.3 to v7.3.
+ */
+void memunmap_pages(struct dev_pagemap *pgmap);
+
+/**
+ * The device memory that a page is of.
+ *
+ * @param page  Any page, or any pointer.
+ * @return What was given to memremap_pages(); NULL for pages of system memory or of
+ * hmm_devmem_add(), and for what is no page of live device memory.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: page_pgmap() of kernels v6.15 to v7.3; page->pgmap before.
+ */
+struct dev_pagemap *page_pgmap(const struct page *page);
+
+/**
+ * Whether a page is device memory that the CPU cannot address, of memremap_pages() or
+ * hmm_devmem_add(). The header offers the kernel's name is_device_private_page() for it.
+ *
+ * @param page  Any page, or any pointer.
+ * @return False also for pages of device memory that was removed.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: is_device_private_page() of kernels v4.14 to v7.3.
+ */
+bool hmm_page_is_device_private(const struct page *page);
+
+/**
+ * Whether a page is device memory that the CPU can address. The header offers the kernel's name
+ * is_device_coherent_page() for it.
+ *
+ * @param page  Any page, or any pointer.
+ * @return False also for pages of device memory that was removed.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: is_device_coherent_page() of kernels v6.0 to v7.3.
+ */
+bool hmm_page_is_device_coherent(const struct page *page);
+
+/**
+ * What a driver calls for a free page before it names it as a destination. The library does that
+ * by itself when the migration commits, so this only looks whether it is a page that can be named.
+ *
+ * @param page  A page of device memory.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a page of live device memory.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: zone_device_page_init() of kernels v6.1 to v7.3.
+ */
+void zone_device_page_init(struct page *page);
+
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: migration in three calls
+ * ------------------------------------------------------------------------------------------ */
+
+/**
+ * First of three calls: takes the pages of a range that can migrate from the CPU, after all
+ * subscriptions to it were called with MMU_NOTIFY_MIGRATE and pgmap_owner.
+ *
+ * Entries of src with MIGRATE_PFN_MIGRATE were collected: with MIGRATE_PFN_VALID the page is
+ * migrate_pfn_to_page(), and MIGRATE_PFN_WRITE says that it was writable; without, nothing was
+ * there, and the destination is to be cleared. For other entries hmm_migrate_reason() tells why the
+ * page stays. Then the driver
+ *
+ *  - chooses a destination for each, copies, and stores migrate_pfn(page_to_pfn(page)) in dst, or 0
+ *    to leave the page where it is. A system page comes from hmm_migrate_alloc_page(). No copy is
+ *    needed to or from coherent device memory: contents stay where they are mapped, and only a hole
+ *    is cleared, by the library;
+ *  - calls migrate_vma_pages(), which moves them;
+ *  - updates its page table for entries of src that still have MIGRATE_PFN_MIGRATE;
+ *  - calls migrate_vma_finalize().
+ *
+ * All of it on one thread, and soon: CPU accesses to the pages sleep until the end. Contents of
+ * private memory are readable at hmm_page_to_virt() of their source page, not at their address. The
+ * thread must not touch the range meanwhile, nor call what may wait for it. src, dst and args itself
+ * are kept from migrating until the end. When nothing was collected (cpages is 0), nothing is held,
+ * and the other calls may be left out.
+ *
+ * In a migrate_to_ram callback only pages on devices are collected, whatever flags says.
+ *
+ * @param args  The migration; cpages, npages, start and end are filled in, and src.
+ * @return 0, also when nothing was collected, or:
+ *  - -EINVAL: args, src or dst is NULL or misaligned, vma is no live handle, the range is empty, or
+ *    larger than 1 GiB, or leaves the vma, the mapping is of a kind that never migrates, flags is
+ *    unknown, or fault_page is not a device page that the CPU cannot address;
+ *  - -EBUSY: src belongs to a migration that is not finalized, or too many migrations for 10
+ *    seconds;
+ *  - -ENOMEM;
+ *  - -EFAULT: the mapping is gone;
+ *  - -EDEADLK: inside a callback that must not migrate;
+ *  - -ENODEV: closed.
+ *
+ * On errors nothing is written.
+ *
+ * Context: a thread that holds the lock of the address space (either way), or a migrate_to_ram
+ * callback; without locks that invalidate callbacks take; may block.
+ * Source: migrate_vma_setup() of kernels v5.4 to v7.3; flags and owners as since v5.9.
+ */
+int migrate_vma_setup(struct migrate_vma *args);
+
+/**
+ * Second of three calls: moves pages to where dst says.
+ *
+ * Afterwards entries of src that still have MIGRATE_PFN_MIGRATE moved, and only those; for others
+ * hmm_migrate_reason() tells why not. Destination pages of device memory that were not used go
+ * back through page_free.
+ *
+ * @param migrate  What was set up; dst is filled in by the driver.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL migrate or dst is NULL or
+ * misaligned, it is not set up, or its pages were moved already; -ENOMEM. After an error nothing
+ * has moved.
+ *
+ * Context: the thread that set it up, callbacks of device memory included; calls page_free.
+ * Source: migrate_vma_pages() of kernels v5.4 to v7.3.
+ */
+void migrate_vma_pages(struct migrate_vma *migrate);
+
+/**
+ * Last of three calls: what moved is visible to the CPU, what did not is put back as it was, and
+ * accesses that waited go on. Without migrate_vma_pages() before it, every page is put back.
+ *
+ * hmm_mm_put() does that for migrations that nobody finalized.
+ *
+ * @param migrate  What was set up.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL migrate is NULL or misaligned, or
+ * it is not set up, or finalized already.
+ *
+ * Context: the thread that set it up, callbacks of device memory included; calls page_free.
+ * Source: migrate_vma_finalize() of kernels v5.4 to v7.3.
+ */
+void migrate_vma_finalize(struct migrate_vma *migrate);
+
+/**
+ * First of three calls to empty a part of a device without knowing addresses: takes what the pages
+ * hold, wherever they are mapped. Subscriptions are called with MMU_NOTIFY_CLEAR.
+ *
+ * src_pfns[i] belongs to page start + i, as entries of migrate_vma_setup() do. It is 0 where the
+ * page is free, held by somebody else, or beyond what one call can hold: call again for those. As
+ * there, system pages come from hmm_migrate_alloc_page(&src_pfns[i]).
+ *
+ * @param src_pfns  One entry for each page; filled in.
+ * @param start     Pfn of the first page.
+ * @param npages    How many pages.
+ * @return 0, also when nothing was collected, or:
+ *  - -EINVAL: src_pfns is NULL or misaligned, or these are not pages of one live device memory;
+ *  - -EBUSY: src_pfns belongs to a migration that is not finalized;
+ *  - -ENOMEM;
+ *  - -EDEADLK: inside a callback.
+ *
+ * Context: any thread, but not inside a callback; without locks that invalidate callbacks take; may
+ * block.
+ * Source: migrate_device_range() of kernels v6.1 to v7.3.
+ */
+int migrate_device_range(unsigned long *src_pfns, unsigned long start, unsigned long npages);
+
+/**
+ * Second of three calls, as migrate_vma_pages().
+ *
+ * @param src_pfns  What migrate_device_range() filled in.
+ * @param dst_pfns  Where the driver puts each page; 0 leaves it where it is. Must not lie in memory
+ *                  that is on the device.
+ * @param npages    As for migrate_device_range().
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): as migrate_vma_pages(), and -EINVAL for
+ * another npages.
+ *
+ * Context: the thread that called migrate_device_range(); calls page_free.
+ * Source: migrate_device_pages() of kernels v6.1 to v7.3.
+ */
+void migrate_device_pages(unsigned long *src_pfns, unsigned long *dst_pfns, unsigned long npages);
+
+/**
+ * Last of three calls, as migrate_vma_finalize().
+ *
+ * @param src_pfns  What migrate_device_range() filled in.
+ * @param dst_pfns  Not looked at any more.
+ * @param npages    Not looked at any more.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): as migrate_vma_finalize().
+ *
+ * Context: the thread that called migrate_device_range(); calls page_free.
+ * Source: migrate_device_finalize() of kernels v6.1 to v7.3.
+ */
+void migrate_device_finalize(unsigned long *src_pfns,
+                             unsigned long *dst_pfns,
+                             unsigned long npages);
+
+/**
+ * The system page that is reserved for a page which comes home, where a kernel driver says
+ * alloc_page(): reserved by setup, so that this cannot run out of memory half-way.
+ *
+ * The driver writes the contents to hmm_page_to_virt(page), except when the source is a coherent
+ * page: its contents are there already. A page that is not stored in dst goes back by itself.
+ *
+ * @param entry  The page's entry, inside the array src of a migration: &src[i].
+ * @return The page, to be stored in dst[i] as migrate_pfn(page_to_pfn(page)). NULL with
+ * hmm_last_errno() -EINVAL: entry is not inside the src of a migration between its first and second
+ * call, or its page is not on a device.
+ *
+ * Context: between the first and the second call, callbacks of device memory included; does not
+ * block for long.
+ * Source: ours; alloc_page() in the drivers of kernels v5.4 to v7.3.
+ */
+struct page *hmm_migrate_alloc_page(const unsigned long *entry);
+
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: exclusive access
+ * ------------------------------------------------------------------------------------------ */
+/**
+ * Takes one page from the CPU, for the device alone: for atomic operations that the device cannot
+ * make on memory which the CPU uses at the same time.
+ *
+ * The page is made present and writable first. Subscriptions are called with MMU_NOTIFY_EXCLUSIVE
+ * and owner: a driver ignores its own. The contents are at hmm_page_to_virt(page), where the device
+ * works on them. A touch by the CPU sleeps until the driver unlocks the page (folio_unlock(),
+ * unlock_page(), hmm_page_unlock()); the first touch after that gives the page back to the CPU, and
+ * subscriptions are called with MMU_NOTIFY_CLEAR before, so that the device ends its use of it.
+ *
+ * @param mm      The address space; the caller holds its lock.
+ * @param addr    Any address in the page.
+ * @param owner   For MMU_NOTIFY_EXCLUSIVE; may be NULL.
+ * @param foliop  Receives the folio of the page, for folio_unlock() and folio_put().
+ * @return The page, locked. On failure ERR_PTR():
+ *  - -EINVAL: mm is no live handle, its lock is not held, or foliop is NULL or misaligned;
+ *  - -EFAULT: nothing is mapped there, or the mapping is not readable and writable, or the page
+ *    cannot be had;
+ *  - -EOPNOTSUPP: not private anonymous memory;
+ *  - -EBUSY: the page is pinned, shared, or in use by a migration for a second;
+ *  - -ENOMEM: 65,536 pages are exclusive already, or no memory;
+ *  - -EDEADLK: inside a callback;
+ *  - -ENODEV: closed.
+ *
+ * Context: a thread that holds the lock of the address space, without locks that invalidate callbacks
+ * take; not inside a callback; may block.
+ * Source: make_device_exclusive() of kernels v6.15 to v7.3.
+ */
+struct page *make_device_exclusive(struct mm_struct *mm,
+                                   unsigned long addr,
+                                   void *owner,
+                                   struct folio **foliop);
+
+/**
+ * make_device_exclusive() for the pages of a range, one after another.
+ *
+ * @param mm     As for make_device_exclusive().
+ * @param start  First address, page aligned.
+ * @param end    First address behind the range, page aligned.
+ * @param pages  One place for each page: the page, locked, or NULL where it could not be made
+ *               exclusive.
+ * @param owner  As for make_device_exclusive().
+ * @return How many places were filled in: fewer than the range has when a page cannot be had at all.
+ * Or, when that is the first one, an error of make_device_exclusive(), or:
+ *  - -EINVAL: also when pages is NULL or misaligned, or the bounds are not page aligned, empty or
+ *    reversed.
+ *
+ * Context: as make_device_exclusive().
+ * Source: make_device_exclusive_range() of kernels v5.14 to v6.14.
+ */
+int make_device_exclusive_range(struct mm_struct *mm,
+                                unsigned long start,
+                                unsigned long end,
+                                struct page **pages,
+                                void *owner);
+
+/**
+ * Unlocks a page that make_device_exclusive() returned: from now on a touch by the CPU takes it back.
+ * Pages of migrations need no unlocking; for them this does nothing. The header offers the kernel's
+ * names unlock_page() and folio_unlock() for it.
+ *
+ * @param page  The page.
+ *
+ * Returns nothing, as in the kernel. hmm_last_errno(): 0; -EINVAL not a page.
+ *
+ * Context: any thread, callbacks included; does not block.
+ * Source: unlock_page() of kernels v4.14 to v7.3.
+ */
+void hmm_page_unlock(struct page *page);
+
+/* ---------------------------------------------------------------------------------------------
  * Accounting (hmm.txt, section 7)
  *
  * Pages count in the size of the process wherever they are, and who pays for a page does not
@@ -2062,6 +2919,7 @@ int hmm_inject(const char *rules);
  * without hardware, and to test against. Its kernels take the process's own pointers, wherever
  * the pages are.
  * ------------------------------------------------------------------------------------------ */
+
 /**
  * Makes a soft device on an address space.
  *
@@ -2495,10 +3353,16 @@ static inline void *hmm_err_ptr(long error)
 #define HMM_GUARD_SCOPE(name)                                                                      \
   __attribute__((cleanup(hmm_unguard))) struct hmm_guard name = HMM_GUARD_NONE
 
+/** Whether an invalidate callback may sleep: always. */
+static inline bool mmu_notifier_range_blockable(const struct mmu_notifier_range *range)
+{
+  return (range->flags & MMU_NOTIFIER_RANGE_BLOCKABLE) != 0;
+}
+
 /*
  * Ranges: reading entries
  */
-#ifndef HMM_API_4_17
+#if !defined(HMM_API_4_17) && !defined(HMM_API_7_3)
 
 /** The pfn of an entry; ~0UL unless HMM_PFN_VALID. */
 static inline unsigned long hmm_pfn_t_to_pfn(hmm_pfn_t entry)
@@ -2525,7 +3389,7 @@ static inline hmm_pfn_t hmm_pfn_t_from_page(const struct page *page)
   return hmm_pfn_t_from_pfn(hmm_page_to_pfn(page));
 }
 
-#else
+#elif defined(HMM_API_4_17)
 
 /*
  * The forms of kernel v4.17. Ranges carry their arguments, the driver chooses how entries are
@@ -2565,6 +3429,33 @@ static inline uint64_t hmm_pfn_from_pfn(const struct hmm_range *range, unsigned 
 static inline uint64_t hmm_pfn_from_page(const struct hmm_range *range, const struct page *page)
 {
   return hmm_pfn_from_pfn(range, hmm_page_to_pfn(page));
+}
+
+#else
+
+/*
+ * The forms of kernel v7.3. Of the calls for ranges, hmm_range_fault() and
+ * hmm_range_fault_unlocked_timeout() belong to them; hmm_vma_get_pfns() and hmm_vma_fault() go on
+ * to write the entries of v4.14, whose names are not there.
+ */
+#define hmm_range hmm_range_7_3
+
+/** The page of an entry that is HMM_PFN_VALID. */
+static inline struct page *hmm_pfn_to_page(unsigned long entry)
+{
+  return hmm_pfn_to_struct_page(entry & ~HMM_PFN_FLAGS);
+}
+
+/** The address of the page of an entry that is HMM_PFN_VALID, as a device sees it. */
+static inline uint64_t hmm_pfn_to_phys(unsigned long entry)
+{
+  return (uint64_t)(entry & ~HMM_PFN_FLAGS) << HMM_PAGE_SHIFT;
+}
+
+/** The order of the mapping that an entry is of: it has 1 << order pages, naturally aligned. */
+static inline unsigned int hmm_pfn_to_map_order(unsigned long entry)
+{
+  return (unsigned int)(entry >> HMM_PFN_ORDER_SHIFT) & 0x1f;
 }
 
 #endif
@@ -2635,10 +3526,43 @@ static inline void *pfn_to_virt(unsigned long pfn)
   return hmm_pfn_to_virt(pfn);
 }
 
-/** As hmm_page_is_device(). */
+/** As hmm_page_is_device_private(). */
 static inline bool is_device_private_page(const struct page *page)
 {
-  return hmm_page_is_device(page);
+  return hmm_page_is_device_private(page);
+}
+
+/** As hmm_page_is_device_coherent(). */
+static inline bool is_device_coherent_page(const struct page *page)
+{
+  return hmm_page_is_device_coherent(page);
+}
+
+/** As hmm_page_unlock(). */
+static inline void unlock_page(struct page *page)
+{
+  hmm_page_unlock(page);
+}
+
+/** As hmm_page_unlock(). */
+static inline void folio_unlock(struct folio *folio)
+{
+  hmm_page_unlock((struct page *)(void *)folio);
+}
+
+/**
+ * Does nothing: drivers hold no references. A device page that was not named as a destination is
+ * the driver's own, and does not come back through page_free.
+ */
+static inline void put_page(struct page *page)
+{
+  (void)page;
+}
+
+/** As put_page(). */
+static inline void folio_put(struct folio *folio)
+{
+  (void)folio;
 }
 
 /** As hmm_find_vma(). */

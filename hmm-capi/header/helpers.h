@@ -123,10 +123,16 @@ static inline void *hmm_err_ptr(long error)
 #define HMM_GUARD_SCOPE(name)                                                                      \
   __attribute__((cleanup(hmm_unguard))) struct hmm_guard name = HMM_GUARD_NONE
 
+/** Whether an invalidate callback may sleep: always. */
+static inline bool mmu_notifier_range_blockable(const struct mmu_notifier_range *range)
+{
+  return (range->flags & MMU_NOTIFIER_RANGE_BLOCKABLE) != 0;
+}
+
 /*
  * Ranges: reading entries
  */
-#ifndef HMM_API_4_17
+#if !defined(HMM_API_4_17) && !defined(HMM_API_7_3)
 
 /** The pfn of an entry; ~0UL unless HMM_PFN_VALID. */
 static inline unsigned long hmm_pfn_t_to_pfn(hmm_pfn_t entry)
@@ -153,7 +159,7 @@ static inline hmm_pfn_t hmm_pfn_t_from_page(const struct page *page)
   return hmm_pfn_t_from_pfn(hmm_page_to_pfn(page));
 }
 
-#else
+#elif defined(HMM_API_4_17)
 
 /*
  * The forms of kernel v4.17. Ranges carry their arguments, the driver chooses how entries are
@@ -193,6 +199,33 @@ static inline uint64_t hmm_pfn_from_pfn(const struct hmm_range *range, unsigned 
 static inline uint64_t hmm_pfn_from_page(const struct hmm_range *range, const struct page *page)
 {
   return hmm_pfn_from_pfn(range, hmm_page_to_pfn(page));
+}
+
+#else
+
+/*
+ * The forms of kernel v7.3. Of the calls for ranges, hmm_range_fault() and
+ * hmm_range_fault_unlocked_timeout() belong to them; hmm_vma_get_pfns() and hmm_vma_fault() go on
+ * to write the entries of v4.14, whose names are not there.
+ */
+#define hmm_range hmm_range_7_3
+
+/** The page of an entry that is HMM_PFN_VALID. */
+static inline struct page *hmm_pfn_to_page(unsigned long entry)
+{
+  return hmm_pfn_to_struct_page(entry & ~HMM_PFN_FLAGS);
+}
+
+/** The address of the page of an entry that is HMM_PFN_VALID, as a device sees it. */
+static inline uint64_t hmm_pfn_to_phys(unsigned long entry)
+{
+  return (uint64_t)(entry & ~HMM_PFN_FLAGS) << HMM_PAGE_SHIFT;
+}
+
+/** The order of the mapping that an entry is of: it has 1 << order pages, naturally aligned. */
+static inline unsigned int hmm_pfn_to_map_order(unsigned long entry)
+{
+  return (unsigned int)(entry >> HMM_PFN_ORDER_SHIFT) & 0x1f;
 }
 
 #endif
@@ -263,10 +296,43 @@ static inline void *pfn_to_virt(unsigned long pfn)
   return hmm_pfn_to_virt(pfn);
 }
 
-/** As hmm_page_is_device(). */
+/** As hmm_page_is_device_private(). */
 static inline bool is_device_private_page(const struct page *page)
 {
-  return hmm_page_is_device(page);
+  return hmm_page_is_device_private(page);
+}
+
+/** As hmm_page_is_device_coherent(). */
+static inline bool is_device_coherent_page(const struct page *page)
+{
+  return hmm_page_is_device_coherent(page);
+}
+
+/** As hmm_page_unlock(). */
+static inline void unlock_page(struct page *page)
+{
+  hmm_page_unlock(page);
+}
+
+/** As hmm_page_unlock(). */
+static inline void folio_unlock(struct folio *folio)
+{
+  hmm_page_unlock((struct page *)(void *)folio);
+}
+
+/**
+ * Does nothing: drivers hold no references. A device page that was not named as a destination is
+ * the driver's own, and does not come back through page_free.
+ */
+static inline void put_page(struct page *page)
+{
+  (void)page;
+}
+
+/** As put_page(). */
+static inline void folio_put(struct folio *folio)
+{
+  (void)folio;
 }
 
 /** As hmm_find_vma(). */

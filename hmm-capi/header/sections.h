@@ -75,3 +75,53 @@
  * without hardware, and to test against. Its kernels take the process's own pointers, wherever
  * the pages are.
  * ------------------------------------------------------------------------------------------ */
+
+//@ before mmu_interval_notifier_insert
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: interval notifiers (v5.5 and later)
+ *
+ * From here on stand the names of the kernels that followed, on the same mechanism. A driver
+ * subscribes to a range, and validates what it saw by numbers:
+ *
+ *     again:
+ *       range.notifier_seq = mmu_interval_read_begin(range.notifier);
+ *       hmm_mm_read_lock(mm);
+ *       ret = hmm_range_fault(&range);
+ *       hmm_mm_read_unlock(mm);
+ *       if (ret == -EBUSY)
+ *         goto again;
+ *       if (ret)
+ *         return ret;
+ *       take_lock(driver->update);
+ *       if (mmu_interval_read_retry(range.notifier, range.notifier_seq)) {
+ *         release_lock(driver->update);
+ *         goto again;
+ *       }
+ *       ... write the device's page table from range.hmm_pfns ...
+ *       release_lock(driver->update);
+ *
+ * Bound the number of rounds, or their time: HMM_RANGE_DEFAULT_TIMEOUT.
+ * ------------------------------------------------------------------------------------------ */
+
+//@ before hmm_range_fault
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: looking at a range (with HMM_API_7_3)
+ * ------------------------------------------------------------------------------------------ */
+
+//@ before memremap_pages
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: device memory, private and coherent
+ *
+ * hmm_devmem_page_set_drvdata() and hmm_devmem_page_get_drvdata() work for these pages, too: they
+ * are page->zone_device_data.
+ * ------------------------------------------------------------------------------------------ */
+
+//@ before migrate_vma_setup
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: migration in three calls
+ * ------------------------------------------------------------------------------------------ */
+
+//@ before make_device_exclusive
+/* ---------------------------------------------------------------------------------------------
+ * Today's kernels: exclusive access
+ * ------------------------------------------------------------------------------------------ */

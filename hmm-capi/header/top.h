@@ -13,7 +13,8 @@
  * mmap(), any pointer.
  *
  * Names, argument orders and semantics are those of Documentation/vm/hmm.txt and of the headers
- * of its age (kernels v4.14 to v4.17). What is ours and not the kernel's begins with hmm_mm_,
+ * of its age (kernels v4.14 to v4.17); and, behind them, those of today's kernels (v5.5 to v7.3).
+ * Both work on one mechanism, and may be used side by side. What is ours and not the kernel's begins with hmm_mm_,
  * hmm_soft_, or is marked "Source: ours". Numbered promises (1 to 82) are the statements of
  * hmm.txt that the tests of this project are named after.
  *
@@ -68,6 +69,10 @@
  *
  *  - HMM_API_4_17: names that changed their arguments stand for the forms of kernel v4.17 (see
  *    the end of this file).
+ *  - HMM_API_7_3: names that have another meaning in today's kernels (HMM_PFN_VALID and its
+ *    kin, struct hmm_range, hmm_pfn_to_page) have that of kernel v7.3. For drivers that use
+ *    hmm_range_fault(); everything else of today's kernels is there without it. Excludes
+ *    HMM_API_4_17.
  *  - HMM_NO_KERNEL_NAMES: leave out the short helper names of the kernel (IS_ERR, page_to_pfn,
  *    find_vma, container_of, ...); each has a name with hmm_ in front that is always there.
  *  - HMM_NO_STRUCT_DEVICE: leave struct device and struct hmm_device incomplete, for programs
@@ -97,9 +102,13 @@
 
 /*
  * Entries of hmm_vma_get_pfns() and hmm_vma_fault(): what is at one page. The values are those
- * of kernel v4.14. With HMM_API_4_17 the same names are indices into the driver's own tables.
+ * of kernel v4.14. With HMM_API_4_17 the same names are indices into the driver's own tables,
+ * and with HMM_API_7_3 they are the entries of hmm_range_fault().
  */
-#ifndef HMM_API_4_17
+#if defined(HMM_API_4_17) && defined(HMM_API_7_3)
+#error "HMM_API_4_17 and HMM_API_7_3 exclude each other: they give the same names to different things"
+#endif
+#if !defined(HMM_API_4_17) && !defined(HMM_API_7_3)
 /** The entry holds a pfn. */
 #define HMM_PFN_VALID (1UL << 0)
 /** The mapping is readable. */
@@ -116,7 +125,7 @@
 #define HMM_PFN_DEVICE_UNADDRESSABLE (1UL << 6)
 /** Position of the pfn in an entry. */
 #define HMM_PFN_SHIFT 7
-#else
+#elif defined(HMM_API_4_17)
 /** Indices into range->flags: the driver's own bits. */
 enum hmm_pfn_flag_e {
   /** Holds a pfn, and is readable. In a request: make it present. */
@@ -139,9 +148,46 @@ enum hmm_pfn_value_e {
   /** Entries of range->values. */
   HMM_PFN_VALUE_MAX
 };
+#else
+/** The entry holds a pfn, in its low bits; the page can be read. */
+#define HMM_PFN_VALID (1UL << 63)
+/** The page can be written now, without a fault. */
+#define HMM_PFN_WRITE (1UL << 62)
+/** Nothing is mapped there, or the page cannot be had. */
+#define HMM_PFN_ERROR (1UL << 61)
+/** In a request: make it present. */
+#define HMM_PFN_REQ_FAULT HMM_PFN_VALID
+/** In a request, with HMM_PFN_REQ_FAULT: make it writable. */
+#define HMM_PFN_REQ_WRITE HMM_PFN_WRITE
+/** The driver's, as the next two: the library leaves them as they are. The page is mapped for DMA. */
+#define HMM_PFN_DMA_MAPPED (1UL << 60)
+/** The page is reached from device to device. */
+#define HMM_PFN_P2PDMA (1UL << 59)
+/** The page is reached from device to device by a bus address. */
+#define HMM_PFN_P2PDMA_BUS (1UL << 58)
+/** Position of the order of the mapping, in 5 bits: hmm_pfn_to_map_order() reads it. */
+#define HMM_PFN_ORDER_SHIFT 53
+/** All bits that are not the pfn's. */
+#define HMM_PFN_FLAGS (~0UL << HMM_PFN_ORDER_SHIFT)
 #endif
 
-/* Entries of src and dst of migrate_vma(); the values are the kernel's. */
+/** A usual limit for hmm_range_fault_unlocked_timeout(), and for a driver's own rounds: milliseconds. */
+#define HMM_RANGE_DEFAULT_TIMEOUT 1000
+
+/** In mmu_notifier_range.flags: the callback may sleep. */
+#define MMU_NOTIFIER_RANGE_BLOCKABLE (1 << 0)
+
+/** What migrate_vma_setup() collects: a set of these is migrate_vma.flags. The values are the kernel's. */
+enum migrate_vma_direction {
+  /** Pages of system memory, and holes. (The kernel collects holes whatever flags says.) */
+  MIGRATE_VMA_SELECT_SYSTEM = 1 << 0,
+  /** Pages of device memory that the CPU cannot address, of pgmap_owner. */
+  MIGRATE_VMA_SELECT_DEVICE_PRIVATE = 1 << 1,
+  /** Pages of device memory that the CPU can address, of pgmap_owner. */
+  MIGRATE_VMA_SELECT_DEVICE_COHERENT = 1 << 2
+};
+
+/* Entries of src and dst of migrate_vma() and of migrate_vma_setup(); the values are the kernel's. */
 /** The entry holds a pfn. */
 #define MIGRATE_PFN_VALID (1UL << 0)
 /** In src: will migrate (in alloc_and_copy), did migrate (in finalize_and_map and afterwards). */
@@ -267,6 +313,7 @@ enum hmm_pfn_value_e {
 
 struct hmm_mirror;
 struct hmm_devmem;
+struct mmu_interval_notifier;
 
 /** The kernel's type for entries at the level of 2 MiB. */
 typedef struct pmd_t pmd_t;

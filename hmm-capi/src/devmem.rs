@@ -124,13 +124,24 @@ const VM_FAULT_OOM: c_int = 1;
 /// `VM_FAULT_*`: done, and it took I/O.
 const VM_FAULT_MAJOR: c_int = 4;
 
-/// What the driver's `fault` answered.
+/// What the driver answered a CPU fault with.
 fn fault_result(answer: c_int) -> std::result::Result<(), FaultError> {
     match answer & !VM_FAULT_MAJOR {
         0 => Ok(()),
         VM_FAULT_OOM => Err(FaultError::OutOfMemory),
         _ => Err(FaultError::SigBus),
     }
+}
+
+/// Has the driver answer a CPU fault: `call` gets a vma that lives meanwhile.
+pub(crate) fn answer(
+    fault: &CpuFault<'_>,
+    call: impl FnOnce(*mut vm_area_struct) -> c_int,
+) -> std::result::Result<(), FaultError> {
+    let vma = mm::adopt(fault.mm)
+        .and_then(|mm| CallbackVma::new(mm, fault.vma, Some(fault.page)))
+        .map_err(|_| FaultError::OutOfMemory)?;
+    fault_result(call(vma.handle()))
 }
 
 impl DevmemOps for Calls {
@@ -143,15 +154,10 @@ impl DevmemOps for Calls {
 
     fn fault(&self, _: &Devmem, fault: &CpuFault<'_>) -> std::result::Result<(), FaultError> {
         let Some(call) = self.ops.fault else { return Err(FaultError::SigBus) };
-        let vma = mm::adopt(fault.mm)
-            .and_then(|mm| CallbackVma::new(mm, fault.vma, Some(fault.page)))
-            .map_err(|_| FaultError::OutOfMemory)?;
         let (addr, page) = (fault.addr.get(), pages::from_pfn(fault.page));
+        let (handle, flags) = (self.handle(), fault.flags.bits());
         // SAFETY: the device memory is not removed yet, so by the driver's promise the function is callable.
-        let answer = unsafe {
-            call(self.handle(), vma.handle(), addr, page, fault.flags.bits(), ptr::null_mut())
-        };
-        fault_result(answer)
+        answer(fault, |vma| unsafe { call(handle, vma, addr, page, flags, ptr::null_mut()) })
     }
 
     fn is_signal_safe(&self) -> bool {
@@ -169,10 +175,15 @@ fn copy_ops(ops: *const hmm_devmem_ops) -> Result<hmm_devmem_ops> {
     Ok(copy)
 }
 
+/// Pages of device memory of so many bytes.
+pub(crate) fn pages_of(size: u64) -> Result<usize> {
+    let pages = size.div_ceil(PAGE_SIZE as u64);
+    usize::try_from(pages).map_err(|_| invalid(size, "size is too large"))
+}
+
 fn add(ops: *const hmm_devmem_ops, device: *mut device, size: u64) -> Result<*mut hmm_devmem> {
     let copy = copy_ops(ops)?;
-    let pages = usize::try_from(size.div_ceil(PAGE_SIZE as u64))
-        .map_err(|_| invalid(size, "size is too large"))?;
+    let pages = pages_of(size)?;
     let object = Arc::new(Made::new());
     let handle = DEVMEMS.insert(Arc::clone(&object))?;
     let calls = Calls {
@@ -345,7 +356,7 @@ pub unsafe extern "C" fn hmm_devmem_evict(
 }
 
 /// The device memory that holds a device page.
-fn owner_of(page: *const page) -> Result<(Arc<Devmem>, Pfn)> {
+pub(crate) fn owner_of(page: *const page) -> Result<(Arc<Devmem>, Pfn)> {
     let address = VirtAddr::from_ptr(page);
     let pfn = pages::to_pfn(page).ok_or(Error::Invalid { address, what: "not a struct page" })?;
     let devmem = Devmem::find(pfn);

@@ -106,9 +106,11 @@ pub extern "C" fn hmm_last_error() -> *const c_char {
 /// The errno of the calling thread's last failure, or of the last function that returns nothing.
 ///
 /// Some functions return nothing because their kernel models do: hmm_mirror_unregister(),
-/// hmm_devmem_remove(), hmm_device_put(), hmm_devmem_page_set_drvdata(). They leave their outcome
-/// here: 0 when they did what was asked, else the error. So do hmm_find_vma() and
-/// hmm_vma_alloc_locked_page(), whose NULL has several reasons.
+/// hmm_devmem_remove(), hmm_device_put(), hmm_devmem_page_set_drvdata(),
+/// mmu_interval_notifier_remove(), migrate_vma_pages(), memunmap_pages() and others. They leave
+/// their outcome here: 0 when they did what was asked, else the error. So do hmm_find_vma(),
+/// hmm_vma_alloc_locked_page() and hmm_migrate_alloc_page(), whose NULL has several reasons, and
+/// mmu_interval_read_begin() and mmu_interval_read_retry() when they fail.
 ///
 /// @return 0, or a negative errno such as -EINVAL.
 ///

@@ -160,6 +160,11 @@ pub(crate) fn holds_write(mm: &Arc<MmHandle>) -> bool {
     lock(&TABLE).mine(mm).is_some_and(|hold| hold.kind == Kind::Write)
 }
 
+/// Whether the calling thread holds the lock, in any way, or is inside a callback.
+pub(crate) fn holds(mm: &Arc<MmHandle>) -> bool {
+    lock(&TABLE).mine(mm).is_some()
+}
+
 /// Whether the calling thread is inside a callback that got a vma: of device memory, or of a migration.
 pub(crate) fn in_callback() -> bool {
     let thread = this_thread();

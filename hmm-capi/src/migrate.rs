@@ -1,13 +1,13 @@
 //! `migrate_vma` with its two callbacks, as hmm.txt, section 6, tells it.
 
+use crate::arrays::{Pinned, entries, read_in, write_out};
 use crate::error::record_outcome;
 use crate::handle::{check_pointer, invalid};
 use crate::pages::{self, page};
 use crate::ret::IntoC;
 use crate::vma::{self, CVma, CallbackVma, vm_area_struct};
 use hmm_core::{
-    AddrRange, Error, MigrateBatch, MigrateOps, MigratePfn, MigrateRequest, Mm, PAGE_SIZE, Result,
-    Select, VirtAddr,
+    AddrRange, Error, MigrateBatch, MigrateOps, MigrateRequest, PAGE_SIZE, Result, Select, VirtAddr,
 };
 use std::ffi::{c_int, c_ulong, c_void};
 use std::ptr;
@@ -80,12 +80,6 @@ impl Arrays {
     }
 }
 
-/// Writes entries to the caller's array.
-fn write_out(entries: &[MigratePfn], to: *mut c_ulong) {
-    // SAFETY: the caller promises one entry for each page; MigratePfn is a transparent u64, as unsigned long is.
-    unsafe { ptr::copy_nonoverlapping(entries.as_ptr().cast(), to, entries.len()) };
-}
-
 impl MigrateOps for Calls {
     fn alloc_and_copy(&mut self, batch: &mut MigrateBatch<'_>) {
         let Some(call) = self.ops.alloc_and_copy else { return };
@@ -97,10 +91,7 @@ impl MigrateOps for Calls {
         let (vma, private_data) = (self.vma.handle(), self.private_data);
         // SAFETY: by the driver's promise the function is callable; the arrays have an entry for each page.
         unsafe { call(vma, src, dst, start, end, private_data) };
-        // SAFETY: as for `write_out`, the other way; the driver has filled its array.
-        unsafe {
-            ptr::copy_nonoverlapping(dst.cast(), batch.dst.as_mut_ptr(), batch.dst.len());
-        }
+        read_in(batch.dst, dst);
     }
 
     fn finalize_and_map(&mut self, batch: &MigrateBatch<'_>) {
@@ -112,39 +103,6 @@ impl MigrateOps for Calls {
         let (start, end) = (range.start().get(), range.end().get());
         // SAFETY: by the driver's promise the function is callable; the arrays have an entry for each page.
         unsafe { call(self.vma.handle(), src, dst, start, end, self.private_data) };
-    }
-}
-
-/// The caller's arrays, kept in system memory while the migration runs: it may be the heap that
-/// migrates.
-struct Pinned<'a> {
-    mm: &'a Mm,
-    ranges: [Option<AddrRange>; 2],
-}
-
-impl<'a> Pinned<'a> {
-    fn new(vma: &'a CVma, arrays: &Arrays, pages: usize) -> Result<Self> {
-        let mut pinned = Self { mm: &vma.mm.core, ranges: [None; 2] };
-        if vma.in_callback {
-            // Callbacks run on memory that does not migrate anyway, and a service thread must not wait for faults.
-            return Ok(pinned);
-        }
-        for (place, array) in pinned.ranges.iter_mut().zip([arrays.src, arrays.dst]) {
-            let bytes = (pages * size_of::<c_ulong>()) as u64;
-            let range = AddrRange::covering(array.addr() as u64, bytes)?;
-            vma.mm.core.pin_range(range)?;
-            *place = Some(range);
-        }
-        Ok(pinned)
-    }
-}
-
-impl Drop for Pinned<'_> {
-    fn drop(&mut self) {
-        for range in self.ranges.iter().flatten() {
-            // Fails only when the mm was closed meanwhile, and then there is nothing to unpin.
-            let _ = self.mm.unpin_range(*range);
-        }
     }
 }
 
@@ -160,22 +118,13 @@ fn copy_ops(ops: *const migrate_vma_ops) -> Result<migrate_vma_ops> {
 }
 
 /// The range of a call: bounds are rounded down to pages, as the kernel does.
-fn check_range(vma: &CVma, start: u64, end: u64) -> Result<AddrRange> {
+pub(crate) fn check_range(vma: &CVma, start: u64, end: u64) -> Result<AddrRange> {
     let page = |address: u64| VirtAddr::new(address).page().get();
     let range = AddrRange::new(page(start), page(end))?;
     if !vma.vma.range.covers(range) {
         return Err(invalid(start, "the range leaves the vma"));
     }
     Ok(range)
-}
-
-fn entries(count: usize) -> Result<Vec<MigratePfn>> {
-    let mut entries = Vec::new();
-    entries
-        .try_reserve_exact(count)
-        .map_err(|_| Error::NoMemory { what: "the entries of a migration" })?;
-    entries.resize(count, MigratePfn::default());
-    Ok(entries)
 }
 
 fn migrate(
@@ -186,7 +135,9 @@ fn migrate(
     private_data: *mut c_void,
 ) -> Result<()> {
     let (mut src, mut dst) = (entries(range.pages())?, entries(range.pages())?);
-    let _pinned = Pinned::new(vma, &arrays, range.pages())?;
+    let bytes = size_of_val(&*src);
+    let pieces = [(arrays.src.addr(), bytes), (arrays.dst.addr(), bytes)];
+    let _pinned = if vma.in_callback { Pinned::default() } else { Pinned::new(&vma.mm, &pieces)? };
     let callback_vma = CallbackVma::new(Arc::clone(&vma.mm), vma.vma, vma.fault_page)?;
     let mut calls = Calls { ops, arrays, vma: callback_vma, private_data };
     let mut run = |select| {

@@ -1,15 +1,16 @@
 //! Mirrors: a notifier over the whole address space, under the names and with the callbacks of hmm.txt, section 4.
 
 use crate::error::record_outcome;
-use crate::handle::{Opaque, Table, check_pointer, invalid, lock};
+use crate::handle::{check_pointer, invalid};
 use crate::hold;
 use crate::mm::{self, MmHandle, mm_struct};
 use crate::ret::IntoC;
-use hmm_core::{AddrRange, Error, Invalidation, Notifier, NotifierOps, Result, VirtAddr};
+use crate::subscription::{Subscription, Subscriptions};
+use hmm_core::{Invalidation, NotifierOps, Result};
 use std::ffi::{c_int, c_ulong, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// The library's side of a mirror: opaque.
 #[expect(missing_debug_implementations, reason = "opaque to C")]
@@ -80,38 +81,16 @@ pub struct hmm_mirror {
     pub reserved: [c_ulong; 4],
 }
 
-/// One registered mirror.
-pub(crate) struct Registration {
-    mirror: usize,
-    ops: hmm_mirror_ops,
-    mm: Arc<MmHandle>,
-    pages: AddrRange,
-    /// No callback begins any more.
-    switched_off: AtomicBool,
-    notifier: Mutex<Option<Arc<Notifier>>>,
-}
-
-pub(crate) static MIRRORS: Table<Opaque, Registration, 1024> =
-    Table::new("not a registered mirror", "registered mirrors (1024)");
+/// Registered mirrors.
+pub(crate) static MIRRORS: Subscriptions<hmm_mirror_ops, 1024> =
+    Subscriptions::new("not a registered mirror", "registered mirrors (1024)");
 
 /// Carries callbacks from the core to the driver.
-struct Calls(Arc<Registration>);
-
-impl Registration {
-    fn is(&self, mirror: *const hmm_mirror) -> bool {
-        self.mirror == mirror.addr()
-    }
-
-    fn pointer(&self) -> Option<*mut hmm_mirror> {
-        let on = !self.switched_off.load(Ordering::Acquire);
-        on.then(|| ptr::with_exposed_provenance_mut(self.mirror))
-    }
-}
+struct Calls(Arc<Subscription<hmm_mirror_ops>>);
 
 impl NotifierOps for Calls {
     fn invalidate(&self, update: &Invalidation) {
-        if let (Some(mirror), Some(call)) =
-            (self.0.pointer(), self.0.ops.sync_cpu_device_pagetables)
+        if let (Some(mirror), Some(call)) = (self.0.object(), self.0.ops.sync_cpu_device_pagetables)
         {
             let (start, end) = (update.range.start().get(), update.range.end().get());
             // SAFETY: the mirror is registered, so by the driver's promise it is alive and the function callable.
@@ -120,7 +99,7 @@ impl NotifierOps for Calls {
     }
 
     fn release(&self) {
-        if let (Some(mirror), Some(call)) = (self.0.pointer(), self.0.ops.release) {
+        if let (Some(mirror), Some(call)) = (self.0.object(), self.0.ops.release) {
             // SAFETY: the mirror is registered, so by the driver's promise it is alive and the function callable.
             unsafe { call(mirror) };
         }
@@ -141,57 +120,19 @@ fn copy_ops(mirror: *const hmm_mirror) -> Result<hmm_mirror_ops> {
     Ok(ops)
 }
 
-/// A place in the table, unless the mirror has one already.
-fn reserve(
-    mirror: *mut hmm_mirror,
-    mm: &Arc<MmHandle>,
-) -> Result<(*mut Opaque, Arc<Registration>)> {
-    static RESERVING: Mutex<()> = Mutex::new(());
-    let ops = copy_ops(mirror)?;
-    let pages =
-        AddrRange::covering(mirror.expose_provenance() as u64, size_of::<hmm_mirror>() as u64)?;
-    let registration = Arc::new(Registration {
-        mirror: mirror.addr(),
-        ops,
-        mm: Arc::clone(mm),
-        pages,
-        switched_off: AtomicBool::new(false),
-        notifier: Mutex::new(None),
-    });
-    let _guard = lock(&RESERVING);
-    if MIRRORS.find(|other| other.is(mirror)).is_some() {
-        let address = VirtAddr::from_ptr(mirror);
-        return Err(Error::Busy { address, what: "this mirror is registered already" });
-    }
-    Ok((MIRRORS.insert(Arc::clone(&registration))?, registration))
-}
-
 fn register(mirror: *mut hmm_mirror, mm: &Arc<MmHandle>) -> Result<()> {
-    let (handle, registration) = reserve(mirror, mm)?;
-    let inserted = mm.core.pin_range(registration.pages).and_then(|()| {
-        let calls = Arc::new(Calls(Arc::clone(&registration)));
-        mm.core.mirror_register(calls).inspect_err(|_| {
-            // It was pinned a moment ago; nothing better can be done if that cannot be undone.
-            let _ = mm.core.unpin_range(registration.pages);
-        })
-    });
-    match inserted {
-        Ok(notifier) => {
-            *lock(&registration.notifier) = Some(notifier);
-            mm.mirrors.fetch_add(1, Ordering::Release);
-            let list = hmm_list { next: ptr::null_mut(), prev: ptr::null_mut() };
-            // SAFETY: copy_ops found the pointer good, and the caller promises a struct hmm_mirror.
-            unsafe {
-                (&raw mut (*mirror).hmm).write(handle.cast());
-                (&raw mut (*mirror).list).write(list);
-            }
-            Ok(())
-        }
-        Err(error) => {
-            MIRRORS.remove(handle);
-            Err(error)
-        }
+    let ops = copy_ops(mirror)?;
+    let handle = MIRRORS.insert(mirror, ops, mm, |_, registration| {
+        mm.core.mirror_register(Arc::new(Calls(Arc::clone(registration))))
+    })?;
+    mm.mirrors.fetch_add(1, Ordering::Release);
+    let list = hmm_list { next: ptr::null_mut(), prev: ptr::null_mut() };
+    // SAFETY: copy_ops found the pointer good, and the caller promises a struct hmm_mirror.
+    unsafe {
+        (&raw mut (*mirror).hmm).write(handle.cast());
+        (&raw mut (*mirror).list).write(list);
     }
+    Ok(())
 }
 
 fn register_unlocked(mirror: *mut hmm_mirror, mm: *mut mm_struct) -> Result<()> {
@@ -213,21 +154,11 @@ fn register_locked(mirror: *mut hmm_mirror, mm: *mut mm_struct) -> Result<()> {
 }
 
 fn unregister(mirror: *mut hmm_mirror) -> Result<()> {
-    let Some((handle, registration)) = MIRRORS.find(|one| one.is(mirror)) else { return Ok(()) };
-    if !registration.switched_off.swap(true, Ordering::AcqRel) {
+    let Some((handle, registration)) = MIRRORS.find(mirror) else { return Ok(()) };
+    if registration.switch_off() {
         registration.mm.mirrors.fetch_sub(1, Ordering::Release);
     }
-    let notifier = lock(&registration.notifier).clone();
-    if let Some(notifier) = notifier {
-        notifier.remove()?;
-    }
-    // The notifier leads back to the registration: let go of it here.
-    *lock(&registration.notifier) = None;
-    if MIRRORS.remove(handle).is_some() {
-        // Fails only when the mm is closed, and then there is nothing to unpin.
-        let _ = registration.mm.core.unpin_range(registration.pages);
-    }
-    Ok(())
+    MIRRORS.remove(handle, &registration)
 }
 
 /// Registers a mirror of an address space: from its return on, the mirror's callback is called for

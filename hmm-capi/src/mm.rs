@@ -14,7 +14,7 @@ pub use present::*;
 
 use crate::handle::{Opaque, Table, check_pointer, invalid, lock};
 use crate::ret::IntoC;
-use crate::{devmem, error, hold, mirror, tracking, vma};
+use crate::{devmem, error, hold, interval, mirror, pagemap, phase, tracking, vma};
 use hmm_core::limits::DEADLINE;
 use hmm_core::{Error, Mm, Result, VirtAddr};
 use std::ffi::{c_char, c_int, c_long, c_void};
@@ -75,6 +75,11 @@ pub(crate) fn adopt(mm: &Arc<Mm>) -> Result<Arc<MmHandle>> {
     Ok(handle)
 }
 
+/// The handle of the address space that C code has open.
+pub(crate) fn any() -> Option<Arc<MmHandle>> {
+    MMS.find(|known| known.references.load(Ordering::Relaxed) > 0).map(|found| found.1)
+}
+
 /// The C pointer of a handle; NULL when it is closed.
 pub(crate) fn pointer_to(mm: &Arc<MmHandle>) -> *mut mm_struct {
     MMS.find(|known| ptr::eq(known, Arc::as_ptr(mm)))
@@ -85,8 +90,9 @@ pub(crate) fn pointer_to(mm: &Arc<MmHandle>) -> *mut mm_struct {
 fn pin_tables(mm: &Mm) -> Result<()> {
     let handles =
         [MMS.pages(), vma::VMAS.pages(), mirror::MIRRORS.pages(), tracking::RANGES.pages()];
+    let newer = [interval::INTERVALS.pages(), pagemap::PAGEMAPS.pages(), phase::PHASES.pages()];
     let threads = [devmem::DEVMEMS.pages(), hold::pages(), error::pages()];
-    handles.into_iter().chain(threads).try_for_each(|pages| mm.pin_range(pages?))
+    handles.into_iter().chain(newer).chain(threads).try_for_each(|pages| mm.pin_range(pages?))
 }
 
 /// `OPENING`, taken.
@@ -148,7 +154,10 @@ fn put(mm: *mut mm_struct) -> Result<()> {
     let count = handle.references.load(Ordering::Relaxed);
     match count {
         0 => return Err(invalid(mm.addr() as u64, "hmm_mm_put without hmm_mm_current")),
-        1 => handle.core.close()?,
+        1 => {
+            phase::forget(&handle);
+            handle.core.close()?;
+        }
         _ => {}
     }
     // Only the holder of OPENING changes the count.

@@ -20,6 +20,8 @@ static WINDOWS: [RwLock<Option<Arc<Devmem>>>; DEVICES] = [const { RwLock::new(No
 pub struct Devmem {
     ops: Arc<dyn DevmemOps>,
     owner: OwnerId,
+    /// The CPU reaches it.
+    coherent: bool,
     window: usize,
     pages: Buffer<PageDescriptor>,
     in_use: AtomicUsize,
@@ -42,6 +44,30 @@ impl Devmem {
     /// # Errors
     /// `Invalid` for 0 pages or more than one window holds; `NoMemory` when descriptors or windows run out.
     pub fn add(ops: Arc<dyn DevmemOps>, owner: OwnerId, pages: usize) -> Result<Arc<Self>> {
+        Self::add_kind(ops, owner, pages, false)
+    }
+
+    /// As [`Devmem::add`], for memory that the CPU reaches (`MEMORY_DEVICE_COHERENT`): its pages stay mapped. In user
+    /// space nobody can say where a page lies, so migration changes whose page it is and by which number it goes, and its
+    /// contents stay where they are: a destination here needs no copy, nor does a page that comes home from here.
+    /// `fault` is never called.
+    ///
+    /// # Errors
+    /// As for [`Devmem::add`].
+    pub fn add_coherent(
+        ops: Arc<dyn DevmemOps>,
+        owner: OwnerId,
+        pages: usize,
+    ) -> Result<Arc<Self>> {
+        Self::add_kind(ops, owner, pages, true)
+    }
+
+    fn add_kind(
+        ops: Arc<dyn DevmemOps>,
+        owner: OwnerId,
+        pages: usize,
+        coherent: bool,
+    ) -> Result<Arc<Self>> {
         if pages == 0 || pages > 1 << DEVICE_WINDOW_SHIFT {
             return Err(Error::invalid(0, "device memory of 0 pages, or of more than 256 GiB"));
         }
@@ -58,6 +84,7 @@ impl Devmem {
                 let devmem = Arc::new(Self {
                     ops,
                     owner,
+                    coherent,
                     window,
                     pages: descriptors,
                     in_use: AtomicUsize::new(0),
@@ -115,6 +142,10 @@ impl Devmem {
     /// Whose it is.
     pub fn owner(&self) -> OwnerId {
         self.owner
+    }
+    /// Whether the CPU reaches it ([`Devmem::add_coherent`]).
+    pub fn is_coherent(&self) -> bool {
+        self.coherent
     }
     /// Pages that hold data of some process.
     pub fn in_use(&self) -> usize {

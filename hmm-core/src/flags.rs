@@ -46,8 +46,10 @@ bitflags! {
     pub struct Select: u32 {
         /// System pages and holes (`MIGRATE_VMA_SELECT_SYSTEM`).
         const SYSTEM = 1 << 0;
-        /// Device pages (`MIGRATE_VMA_SELECT_DEVICE_PRIVATE`).
+        /// Device pages that the CPU cannot reach (`MIGRATE_VMA_SELECT_DEVICE_PRIVATE`).
         const DEVICE = 1 << 1;
+        /// Device pages that the CPU reaches (`MIGRATE_VMA_SELECT_DEVICE_COHERENT`).
+        const COHERENT = 1 << 2;
     }
 
     /// How the CPU faulted (`FAULT_FLAG_*`).

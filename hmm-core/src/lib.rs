@@ -44,12 +44,12 @@ pub use error::{Error, Result};
 pub use flags::{
     Capabilities, FaultFlags, MigrateFlags, MigratePfn, PfnEntry, PfnFlags, Protection, Select,
 };
-pub use migrate::{MigrateBatch, MigrateRequest};
+pub use migrate::{DeviceMigration, MigrateBatch, MigrateRequest, Migration, unlock_exclusive};
 pub use mm::{ForkMode, Mm, MmapLock, Notifier, PresentGuard, RangeTracker, Residency, Vma};
 pub use ops::{
     CpuFault, DevmemOps, FaultError, InvalidateEvent, Invalidation, MigrateOps, NotifierOps,
     OwnerId,
 };
-pub use range::{Access, RangeRequest};
+pub use range::{Access, HmmPfn, RangeFault, RangeRequest};
 pub use stats::Counters;
 pub use stay::Stay;

@@ -25,6 +25,8 @@ pub const INLINE_RANGES: usize = 4096;
 pub const MAP_TICKETS: usize = 256;
 /// Changes of the layout that the program announces at once; a further one waits for a place.
 pub const CHANGES: usize = 64;
+/// Pages that devices have exclusively at once, process-wide.
+pub const EXCLUSIVE_PAGES: usize = 1 << 16;
 /// Events read from the kernel at once.
 pub const EVENT_BATCH: usize = 8;
 /// Memory groups, process-wide, the root group included.

@@ -286,8 +286,12 @@ impl Drop for Begun<'_> {
 }
 
 impl Subscription {
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence.load(Ordering::Acquire)
+    }
+
     pub(crate) fn changed_since(&self, sequence: u64) -> bool {
-        self.sequence.load(Ordering::Acquire) != sequence
+        self.sequence() != sequence
     }
 
     pub(crate) fn range(&self) -> AddrRange {

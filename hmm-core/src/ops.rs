@@ -22,6 +22,17 @@ impl OwnerId {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
+
+    /// The identity that a word of the driver's stands for, such as the address of its device; 0 is nobody's. Addresses
+    /// are never those of [`OwnerId::unique`].
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+
+    /// The word of [`OwnerId::from_word`].
+    pub const fn word(self) -> u64 {
+        self.0
+    }
 }
 
 /// Why a range is invalidated (`enum mmu_notifier_event`).
@@ -36,6 +47,8 @@ pub enum InvalidateEvent {
     Protection,
     /// Pages are about to migrate.
     Migrate,
+    /// Pages are about to become one device's alone (`MMU_NOTIFY_EXCLUSIVE`).
+    Exclusive,
     /// The mm is going away; the range is the whole address space.
     Release,
 }
@@ -47,7 +60,7 @@ pub struct Invalidation {
     pub range: AddrRange,
     /// Why.
     pub event: InvalidateEvent,
-    /// The device on whose behalf it happens (`mmu_notifier_range.owner`), for `Migrate`.
+    /// The device on whose behalf it happens (`mmu_notifier_range.owner`), for `Migrate` and `Exclusive`.
     pub owner: Option<OwnerId>,
 }
 

@@ -143,8 +143,8 @@ static void pages_are_pfns_in_disguise(void)
 	CHECK(!pfn_to_page(1UL << 48) && !pfn_to_page(~0UL));
 	CHECK_EQ(page_to_pfn(NULL), -1);
 	CHECK_EQ(page_to_pfn((struct page *)(void *)&object), -1);
-	CHECK(is_device_private_page(pfn_to_page(HMM_DEVICE_PFN)) && !is_device_private_page(pfn_to_page(5)));
-	CHECK(!is_device_private_page(NULL));
+	CHECK(hmm_page_is_device(pfn_to_page(HMM_DEVICE_PFN)) && !hmm_page_is_device(pfn_to_page(5)));
+	CHECK(!hmm_page_is_device(NULL) && !is_device_private_page(NULL) && !is_device_coherent_page(NULL));
 	CHECK(pfn_to_virt(5) == (void *)0x5000 && hmm_page_to_virt(pfn_to_page(5)) == (void *)0x5000);
 	CHECK(!pfn_to_virt(HMM_DEVICE_PFN) && !hmm_page_to_virt(NULL));
 }

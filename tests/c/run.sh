@@ -76,7 +76,7 @@ header_matrix() {
 		compiler=$cc
 		extra=(-Wshadow -Wstrict-prototypes -Wc++-compat)
 		[ "$language" = c++ ] && compiler=$cxx extra=()
-		for switch in -DPLAIN -DHMM_API_4_17 -DHMM_NO_KERNEL_NAMES -DHMM_NO_STRUCT_DEVICE; do
+		for switch in -DPLAIN -DHMM_API_4_17 -DHMM_API_7_3 -DHMM_NO_KERNEL_NAMES -DHMM_NO_STRUCT_DEVICE; do
 			printf '%s\n' '#include <hmm.h>' "$guarded" | "$compiler" -x "$language" -std="$std" -Wall -Wextra -Wpedantic \
 				-Wconversion -Werror "${extra[@]}" "$switch" -Iinclude -fsyntax-only -
 			report "hmm.h alone, $std $switch" $?
@@ -92,7 +92,9 @@ binary_checks() {
 	readelf -d "$lib/libhmm.so" | grep -q 'NODELETE'
 	report "libhmm.so stays loaded" $?
 	nm -D --defined-only "$lib/libhmm.so" | awk '{ print $3 }' | sort >"$out/exported"
-	grep -oE '^[a-z][a-z_ *0-9]*[ *](hmm_[a-z0-9_]+|migrate_vma[a-z0-9_]*)\(' include/hmm.h |
+	local names='hmm_[a-z0-9_]+|migrate_(vma|device)[a-z0-9_]*|mmu_interval_[a-z_]+|mem(re|un)map_pages|page_pgmap'
+	names+='|zone_device_page_init|make_device_exclusive(_range)?'
+	grep -oE "^[a-z][a-z_ *0-9]*[ *]($names)\\(" include/hmm.h |
 		grep -v '^static' | sed 's/.*[ *]\([a-z0-9_]*\)(/\1/' | sort >"$out/declared"
 	diff "$out/declared" "$out/exported"
 	report "libhmm.so exports what hmm.h declares" $?

@@ -41,6 +41,12 @@ macro_rules! needs {
     };
 }
 
+/// By how much limits of time are longer where everything is slow (`HMM_TEST_PATIENCE`, which the matrix sets).
+pub fn patience() -> u32 {
+    let told = std::env::var("HMM_TEST_PATIENCE").ok().and_then(|told| told.parse().ok());
+    told.unwrap_or(1).max(1)
+}
+
 /// Why the engine of an mm cannot show what needs a capability; `None` when it can.
 pub fn lack(mm: &Mm, capability: Capabilities) -> Option<String> {
     const MEANINGS: [(Capabilities, &str); 4] = [

@@ -102,6 +102,11 @@ fn children_get_everything_again_once_it_is_home() {
 #[test]
 fn what_the_program_left_out_stays_left_out() {
     let mm = mm_or_skip!();
+    if std::fs::OpenOptions::new().write(true).open("/proc/self/mem").is_err() {
+        skip!(
+            "without /proc/self/mem a page comes home as a new mapping, without the program's advice"
+        );
+    }
     let device = device_in(&mm, ForkMode::DontCopy);
     let region = Region::new(32);
     set_all(&region, 1);

@@ -269,7 +269,7 @@ fn sequences_on(test: &'static str, engine: &'static [(&'static str, &'static st
     let count = number("HMM_SEQUENCES").unwrap_or(usual);
     eprintln!("{count} sequences from HMM_SEED={seed} on {engine:?}");
     let stage = Stage { test, engine };
-    let limit = TIME * (1 + count / SEQUENCES) as u32;
+    let limit = TIME * hmm_tests::patience() * (1 + count / SEQUENCES) as u32;
     let ended = stage.run(seed, &[("HMM_SEQUENCES", count.to_string())], limit);
     match ended.skipped() {
         Some(reason) => eprintln!("skipped: {reason}"),

@@ -33,11 +33,16 @@ struct Plan {
 impl Plan {
     fn from_environment() -> Self {
         let is_long = std::env::var("HMM_STRESS").as_deref() == Ok("long");
-        match (is_long, is_child()) {
-            (true, false) => Self { migrations: 5_000_000, limit: Duration::from_secs(900) },
-            (true, true) => Self { migrations: 1_000_000, limit: Duration::from_secs(900) },
-            (false, false) => Self { migrations: 60_000, limit: Duration::from_secs(60) },
-            (false, true) => Self { migrations: 30_000, limit: Duration::from_secs(60) },
+        let (migrations, seconds) = match (is_long, is_child()) {
+            (true, false) => (5_000_000, 900),
+            (true, true) => (1_000_000, 900),
+            (false, false) => (60_000, 60),
+            (false, true) => (30_000, 60),
+        };
+        let patience = hmm_tests::patience();
+        Self {
+            migrations: migrations / u64::from(patience),
+            limit: Duration::from_secs(seconds) * patience,
         }
     }
 }

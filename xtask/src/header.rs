@@ -20,6 +20,11 @@ const SOURCES: &[&str] = &[
     "devices",
     "devmem",
     "migrate",
+    "interval",
+    "range_fault",
+    "pagemap",
+    "migrate_phases",
+    "exclusive",
     "groups",
     "stay",
     "inject",
@@ -61,6 +66,7 @@ fn generate(root: &Path) -> Result<String, String> {
     }
     text = wrap_device_structs(&text)?;
     text = make_fault_page_variable(&text)?;
+    text = name_the_memory_type(&text)?;
     // The helpers belong behind the declarations, inside the include guard.
     let end = text.rfind("#endif").ok_or("cbindgen wrote no include guard")?;
     Ok(format!("{}{helpers}\n{}", &text[..end], &text[end..]))
@@ -81,8 +87,8 @@ fn config(top: String) -> Config {
         line_length: 100,
         ..Config::default()
     };
-    // No function has an argument of it: numbers of newer versions may come.
-    config.export.include = vec!["hmm_stay".into()];
+    // No function has an argument of these: numbers of newer versions, or of the program's own, may come.
+    config.export.include = ["hmm_stay", "memory_type"].map(String::from).to_vec();
     config.export.item_types = {
         use cbindgen::ItemType::{Enums, Functions, OpaqueItems, Structs, Typedefs};
         vec![Enums, Structs, Typedefs, OpaqueItems, Functions]
@@ -153,6 +159,15 @@ fn make_fault_page_variable(text: &str) -> Result<String, String> {
         return Err("fault has no argument struct page *page".into());
     }
     Ok(format!("{}{changed}{}", &text[..start], &text[end..]))
+}
+
+/// The type of device memory is an enum in C. In Rust it is an integer: a program may store anything there.
+fn name_the_memory_type(text: &str) -> Result<String, String> {
+    let missing = || "struct dev_pagemap has no member unsigned int type".to_string();
+    let start = text.find("struct dev_pagemap {").ok_or_else(missing)?;
+    let member = "unsigned int type;";
+    let at = start + text[start..].find(member).ok_or_else(missing)?;
+    Ok(format!("{}enum memory_type type;{}", &text[..at], &text[at + member.len()..]))
 }
 
 /// Comments of one line take one line, not three.

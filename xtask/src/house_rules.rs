@@ -27,6 +27,7 @@ const UNSAFE: &[&str] = &[
     "hmm-core/src/arena.rs",
     "hmm-core/src/sync.rs",
     "hmm-core/src/fork.rs",
+    "hmm-core/src/migrate/exclusive.rs",
     "hmm-core/src/preload/",
     "hmm-core/src/sparse.rs",
     "hmm-core/src/engine/model/frames.rs",

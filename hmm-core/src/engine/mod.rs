@@ -73,6 +73,9 @@ pub enum Present {
     None,
     /// An ordinary page.
     Page,
+    /// A page of a file or of shared memory. Where the mapping is private, a write gets a copy of it. Not every way of
+    /// asking tells it from `Page`.
+    File,
     /// The shared zero page.
     Zero,
     /// Swapped out.
@@ -265,7 +268,7 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Makes pages inaccessible and hands their contents over to empty frames from `frame` on, losing no concurrent
     /// store. Holes stay holes: their frames stay empty.
     fn take(&self, range: AddrRange, frame: VirtAddr) -> Progress;
-    /// Whether a range of 2 MiB is one huge page, which moves as one.
+    /// Whether a range of 2 MiB is mapped as one huge page, or as a part of one.
     fn is_huge(&self, _range: AddrRange) -> bool {
         false
     }

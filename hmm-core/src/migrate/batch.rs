@@ -1,19 +1,18 @@
 //! One batch: which pages it holds, what each of them is, and what becomes of it.
 
-use super::MigrateRequest;
 use crate::account::GroupId;
 use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::arena::{self, Buffer, Shared};
 use crate::devmem::LastFound;
 use crate::error::{Error, Result};
-use crate::flags::{MigrateFlags, MigratePfn, Protection, Select};
+use crate::flags::{Capabilities, MigrateFlags, MigratePfn, Protection, Select};
 use crate::limits::{BATCH_LEAVES, DEADLINE, RANGE_DEADLINE};
 use crate::mm::changes::Still;
 use crate::mm::frames::Block;
-use crate::mm::inflight::{Flight, why_not};
-use crate::mm::page_table::{Entry, Leaf, Place};
+use crate::mm::inflight::Flight;
+use crate::mm::page_table::{Entry, Place};
 use crate::mm::{Mm, Vma};
-use crate::ops::OwnerId;
+use crate::ops::{InvalidateEvent, OwnerId};
 use crate::page_set::PageSet;
 use crate::stay::Stay;
 use crate::sync::this_thread;
@@ -44,6 +43,8 @@ pub(super) enum Fate {
     Restore,
     /// The claimed device page has it now.
     ToDevice(Pfn),
+    /// Its contents go back to where they were, as those of the claimed device page.
+    ToCoherent(Pfn),
     /// Its frame has it now.
     ToSystem,
     /// The device lost it.
@@ -62,11 +63,30 @@ pub(super) struct Page {
     pub(super) stay: Stay,
 }
 
-/// A batch under way. Dropping it puts back what it still holds.
-pub(super) struct Batch<'a> {
-    pub(super) mm: &'a Arc<Mm>,
-    pub(super) vma: &'a Vma,
+/// Which pages a batch collects, and what mirrors are told of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Collect {
+    pub(super) select: Select,
+    /// Only this owner's device pages.
     pub(super) owner: Option<OwnerId>,
+    /// Only these device pages: the first, and the one behind the last.
+    pub(super) pages: Option<(Pfn, Pfn)>,
+    /// What mirrors are told.
+    pub(super) event: InvalidateEvent,
+}
+
+impl Page {
+    /// It is on a device, and may come home.
+    fn comes_home(&self) -> bool {
+        self.held != Held::No && self.entry.is_on_device()
+    }
+}
+
+/// A batch under way. Dropping it puts back what it still holds.
+pub(super) struct Batch {
+    pub(super) mm: Arc<Mm>,
+    pub(super) vma: Vma,
+    pub(super) collect: Collect,
     pub(super) range: AddrRange,
     pub(super) flight: Shared<Flight>,
     pub(super) pages: Buffer<Page>,
@@ -75,12 +95,12 @@ pub(super) struct Batch<'a> {
     pub(super) rejected: Option<Buffer<Pfn>>,
 }
 
-impl<'a> Batch<'a> {
+impl Batch {
     /// Locks the entries of every page that may migrate. Once it holds one, it waits for nobody (promise 71).
     pub(super) fn hold(
-        mm: &'a Arc<Mm>,
-        vma: &'a Vma,
-        request: &MigrateRequest,
+        mm: &Arc<Mm>,
+        vma: &Vma,
+        collect: Collect,
         range: AddrRange,
         keep: [Option<AddrRange>; 2],
     ) -> Result<Self> {
@@ -91,21 +111,21 @@ impl<'a> Batch<'a> {
         let keep = [keep[0], keep[1], stack];
         let flight = Flight::new(range, this_thread(), keep).ok_or_else(no_memory)?;
         let mut batch = Self {
-            mm,
-            vma,
-            owner: request.owner,
+            mm: Arc::clone(mm),
+            vma: *vma,
+            collect,
             range,
             flight,
             pages: Buffer::new(range.pages(), |_| blank).ok_or_else(no_memory)?,
             blocks: [None; BATCH_LEAVES],
             rejected: None,
         };
-        batch.take_off(request.select)?;
+        batch.take_off(collect.select)?;
         batch.wait_for_others();
-        batch.wait_for_removal(request.select);
+        batch.wait_for_removal(collect.select);
         for part in range.by_leaf() {
             let blocked = batch.blocked(part);
-            batch.hold_leaf(part, request.select, &blocked)?;
+            batch.hold_leaf(part, &blocked)?;
         }
         batch.borrow_frames();
         Ok(batch)
@@ -114,7 +134,7 @@ impl<'a> Batch<'a> {
     /// Registers the flight. Only then looks whether pages may leave: whoever forbids it (a fork, a close) waits for
     /// the flights that were registered before.
     fn take_off(&self, select: Select) -> Result<()> {
-        let mm = self.mm;
+        let mm = &self.mm;
         loop {
             if !mm.inflight.add(&self.flight, DEADLINE) {
                 let what = "64 migrations are under way and none ends";
@@ -128,6 +148,11 @@ impl<'a> Batch<'a> {
                 return Ok(());
             }
             mm.inflight.remove(&self.flight);
+            if mm.inflight.count_of_thread(this_thread()) > 0 {
+                // The fork waits for what this thread holds already.
+                let what = "the process forks";
+                return Err(Error::Busy { address: self.range.start(), what });
+            }
             mm.pass_fork_gate()?;
         }
     }
@@ -157,25 +182,13 @@ impl<'a> Batch<'a> {
         blocked
     }
 
-    fn leaf(&self, address: VirtAddr) -> Result<&'a Leaf> {
-        let mm: &'a Arc<Mm> = self.mm;
-        mm.table.leaf_or_new(address).ok_or(Error::NoMemory { what: "page table leaf" })
-    }
-
-    pub(super) fn hold_leaf(
-        &mut self,
-        part: AddrRange,
-        select: Select,
-        blocked: &PageSet,
-    ) -> Result<()> {
-        let system = match select.contains(Select::SYSTEM) {
-            true => self.vma.stays(),
-            false => Some(Stay::NotSelected),
-        };
-        let want_device = select.contains(Select::DEVICE);
-        let leaf = self.leaf(part.start())?;
+    fn hold_leaf(&mut self, part: AddrRange, blocked: &PageSet) -> Result<()> {
+        let stays = self.vma.stays();
+        let mm = Arc::clone(&self.mm);
+        let no_memory = Error::NoMemory { what: "page table leaf" };
+        let leaf = mm.table.leaf_or_new(part.start()).ok_or(no_memory)?;
         let mut devices = LastFound::default();
-        let _layout = self.mm.engine.layout().hold();
+        let _layout = mm.engine.layout().hold();
         let mut entries = leaf.lock();
         // Under the lock: whoever pins inserts the pin first, and then looks at the entries for pages to bring home.
         let mut pinned = PageSet::default();
@@ -189,20 +202,16 @@ impl<'a> Batch<'a> {
             let slot = address.index_in_leaf();
             let entry = entries[slot];
             // Pinned pages do not leave, but they come home.
-            let system = system.or_else(|| match () {
+            let at_home = || match () {
+                () if stays.is_some() => stays,
                 () if pinned.contains(slot) => Some(self.why_pinned(address)),
                 () if staying.contains(slot) => Some(Stay::Changing),
                 () => blocked.contains(slot).then_some(Stay::Needed),
-            });
-            let index = self.range.index_of(address);
-            let stay = match (why_not(entry, system, want_device), entry.place()) {
-                (None, _) if resting.contains(slot) => Some(Stay::Changing),
-                (None, Place::Device(page)) if !self.may_take(page, &mut devices) => {
-                    Some(Stay::Foreign)
-                }
-                (why, _) => why,
             };
-            if let Some(stay) = stay {
+            let index = self.range.index_of(address);
+            let stay = self.why_not(entry, at_home, &mut devices);
+            let rests = resting.contains(slot).then_some(Stay::Changing);
+            if let Some(stay) = stay.or(rests) {
                 self.pages[index].stay = stay;
                 continue;
             }
@@ -218,9 +227,35 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
+    /// Why a page is not collected, seen under its leaf's lock; `at_home` says it of pages that are mapped.
+    fn why_not(
+        &self,
+        entry: Entry,
+        at_home: impl Fn() -> Option<Stay>,
+        devices: &mut LastFound,
+    ) -> Option<Stay> {
+        let selected = |kind| {
+            let wanted = self.collect.select.contains(kind);
+            (!wanted).then_some(Stay::NotSelected)
+        };
+        let mut foreign = |page| (!self.may_take(page, devices)).then_some(Stay::Foreign);
+        match entry.place() {
+            _ if entry.is_locked() => Some(Stay::Migrating),
+            Place::Poisoned => Some(Stay::Poisoned),
+            Place::System => selected(Select::SYSTEM).or_else(at_home),
+            Place::Device(page) => selected(Select::DEVICE).or_else(|| foreign(page)),
+            Place::Coherent(page) => {
+                selected(Select::COHERENT).or_else(|| foreign(page)).or_else(at_home)
+            }
+        }
+    }
+
     fn may_take(&self, page: Pfn, devices: &mut LastFound) -> bool {
-        self.owner
-            .is_none_or(|owner| devices.find(page).is_some_and(|devmem| devmem.owner() == owner))
+        let Collect { owner, pages, .. } = self.collect;
+        pages.is_none_or(|(first, end)| first <= page && page < end)
+            && owner.is_none_or(|owner| {
+                devices.find(page).is_some_and(|devmem| devmem.owner() == owner)
+            })
     }
 
     fn why_pinned(&self, page: VirtAddr) -> Stay {
@@ -245,13 +280,14 @@ impl<'a> Batch<'a> {
                 continue;
             }
             let engine = &*self.mm.engine;
-            let huge = empty.is_full() && engine.is_huge(part);
+            let can_move = engine.capabilities().contains(Capabilities::MOVE);
+            let huge = can_move && empty.is_full() && engine.is_huge(part);
             self.blocks[number] = self.mm.frames.borrow(engine, &empty, &full, huge);
             for offset in 0..part.pages() {
                 let index = self.range.index_of(part.page_at(offset));
                 match (self.blocks[number], self.pages[index].held) {
                     (None, held) if held != Held::No => self.release(index, Stay::NoMemory),
-                    (Some(block), Held::OnDevice) => {
+                    (Some(block), _) if self.pages[index].comes_home() => {
                         let slot = part.page_at(offset).index_in_leaf();
                         self.flight.set_frame(index, block.slot(slot));
                     }
@@ -295,7 +331,8 @@ impl<'a> Batch<'a> {
     /// Lets go of a page whose contents were not taken: it stays what it was.
     pub(super) fn release(&mut self, index: usize, why: Stay) {
         self.pages[index].stay = why;
-        let _layout = self.mm.engine.layout().hold();
+        let mm = Arc::clone(&self.mm);
+        let _layout = mm.engine.layout().hold();
         let entry = self.pages[index].entry;
         let kept = self.install(index, entry);
         self.count_dropped(index, kept);
@@ -306,6 +343,11 @@ impl<'a> Batch<'a> {
         const BASE: MigrateFlags = MigrateFlags::MIGRATE.union(MigrateFlags::LOCKED);
         for (index, (page, out)) in self.pages.iter().zip(src).enumerate() {
             *out = match (page.held, page.entry.place(), self.frame_of(index)) {
+                (Held::Taken, Place::Coherent(page), _) => {
+                    MigratePfn::new(page, BASE | MigrateFlags::DEVICE | MigrateFlags::WRITE)
+                }
+                // Dropped, and nobody has said so yet.
+                (Held::Empty, Place::Coherent(_), _) => MigratePfn::stays(Stay::Dropped),
                 (Held::Taken, _, Some(frame)) => {
                     MigratePfn::new(Pfn::of_addr(frame), BASE | MigrateFlags::WRITE)
                 }
@@ -364,15 +406,18 @@ impl<'a> Batch<'a> {
         }
         match dst.pfn() {
             Some(target) if target.is_device() => {
-                let mut claim = || devices.find(target).is_some_and(|devmem| devmem.claim(target));
-                if self.charge(index, group) && claim() {
-                    Fate::ToDevice(target)
-                } else {
-                    Fate::Restore
+                let Some(devmem) = devices.find(target) else { return Fate::Restore };
+                let is_coherent = devmem.is_coherent();
+                // The contents would have to come home first.
+                let fits = !(is_coherent && page.held == Held::OnDevice);
+                match fits && self.charge(index, group) && devmem.claim(target) {
+                    true if is_coherent => Fate::ToCoherent(target),
+                    true => Fate::ToDevice(target),
+                    false => Fate::Restore,
                 }
             }
             Some(target)
-                if page.held == Held::OnDevice
+                if page.comes_home()
                     && self.flight.frame(index).map(Pfn::of_addr) == Some(target) =>
             {
                 Fate::ToSystem

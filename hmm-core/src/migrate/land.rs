@@ -6,9 +6,10 @@ use crate::devmem::{Devmem, LastFound};
 use crate::engine::{Give, Present, Stop, VmaKind};
 use crate::flags::Capabilities;
 use crate::limits::{DEADLINE, MOVE_MINIMUM};
-use crate::mm::page_table::{Entry, Place};
+use crate::mm::page_table::Entry;
 use crate::ops::{InvalidateEvent, Invalidation};
 use crate::stats::Stats;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ struct Given {
     stop: Stop,
 }
 
-impl Batch<'_> {
+impl Batch {
     /// Consumes the batch.
     pub(super) fn land(mut self) {
         self.land_all();
@@ -41,17 +42,24 @@ impl Batch<'_> {
     /// a layout change undid or moved: mirrors must hear of it.
     fn settle_without_contents(&mut self) -> bool {
         let mut strays = false;
-        let mm = self.mm;
+        let mm = Arc::clone(&self.mm);
         let _layout = mm.engine.layout().hold();
         for index in 0..self.pages.len() {
             let page = self.pages[index];
             match (page.held, page.fate) {
                 (Held::No, _)
-                | (Held::Taken | Held::Returning, Fate::Restore)
+                | (Held::Taken | Held::Returning, Fate::Restore | Fate::ToCoherent(_))
                 | (_, Fate::ToSystem) => {}
-                (_, Fate::ToDevice(target)) => {
-                    strays |= !self.flight.is_in_place(index);
-                    self.land_on_device(index, target);
+                (Held::Empty, Fate::ToCoherent(target)) => {
+                    if let Some(at) = self.flight.address(index) {
+                        // What is no page of zeros now is one at the next touch.
+                        let _ = mm.engine.zero(at, true);
+                    }
+                    strays |= self.land_on_device(index, target, Entry::coherent(target));
+                }
+                (_, Fate::ToDevice(target) | Fate::ToCoherent(target)) => {
+                    let write = page.held != Held::OnDevice || page.entry.is_writable();
+                    strays |= self.land_on_device(index, target, Entry::device(target, write));
                 }
                 (_, Fate::Lost) => {
                     self.land_lost(index);
@@ -61,6 +69,10 @@ impl Batch<'_> {
                     if held == Held::Empty {
                         // What it was charged for is gone, and nobody reported it.
                         entry = Entry::SYSTEM;
+                        if page.entry.is_on_device() {
+                            Stats::subtract(&mm.stats.device_pages, 1);
+                            self.pages[index].fate = Fate::ToSystem;
+                        }
                         self.flight
                             .address(index)
                             .into_iter()
@@ -74,11 +86,12 @@ impl Batch<'_> {
         strays
     }
 
-    fn land_on_device(&mut self, index: usize, target: Pfn) {
+    /// True when its place is gone, or another one by now.
+    fn land_on_device(&mut self, index: usize, target: Pfn, entry: Entry) -> bool {
         let page = self.pages[index];
-        let write = page.held != Held::OnDevice || page.entry.is_writable();
-        let kept = self.install(index, Entry::device(target, write).charged_to(page.group));
-        let came_from_device = page.held == Held::OnDevice;
+        let in_place = self.flight.is_in_place(index);
+        let kept = self.install(index, entry.charged_to(page.group));
+        let came_from_device = page.entry.is_on_device();
         let stats = &self.mm.stats;
         if kept {
             stats.migrated_to_device.fetch_add(1, Ordering::Relaxed);
@@ -90,6 +103,7 @@ impl Batch<'_> {
         }
         // Marks what `put_pages` must drop: the old page if there was one, and the new one if its place is gone.
         self.pages[index].fate = if kept { Fate::ToSystem } else { Fate::ToDevice(target) };
+        !in_place
     }
 
     fn land_lost(&mut self, index: usize) {
@@ -106,7 +120,7 @@ impl Batch<'_> {
 
     /// A restored page whose place went away: its contents go with it.
     pub(super) fn count_dropped(&mut self, index: usize, kept: bool) {
-        if !kept && matches!(self.pages[index].entry.place(), Place::Device(_)) {
+        if !kept && self.pages[index].entry.is_on_device() {
             self.mm.stats.device_pages.fetch_sub(1, Ordering::Relaxed);
             self.pages[index].fate = Fate::ToSystem;
         }
@@ -146,7 +160,7 @@ impl Batch<'_> {
 
     /// Gives the run of pages that begins at `index`, as far as one engine call goes.
     fn give_run(&mut self, index: usize) -> Given {
-        let mm = self.mm;
+        let mm = Arc::clone(&self.mm);
         let _layout = mm.engine.layout().hold();
         let Some(address) = self.flight.address(index) else {
             // Unmapped meanwhile: nobody wants the contents.
@@ -216,8 +230,17 @@ impl Batch<'_> {
             Stats::subtract(&self.mm.stats.device_pages, 1);
             Stats::add(&self.mm.stats.migrated_to_system, usize::from(kept));
         }
-        let group = self.pages[index].entry.group();
-        self.install(index, Entry::SYSTEM.charged_to(group));
+        let page = self.pages[index];
+        match page.fate {
+            Fate::ToCoherent(target) => {
+                self.land_on_device(index, target, Entry::coherent(target));
+            }
+            Fate::Restore if page.entry.is_on_device() => {
+                let kept = self.install(index, page.entry);
+                self.count_dropped(index, kept);
+            }
+            _ => _ = self.install(index, Entry::SYSTEM.charged_to(page.entry.group())),
+        }
     }
 
     /// No memory for a page that comes home: it stays on its device. Contents that only a frame has can go nowhere:
@@ -226,15 +249,31 @@ impl Batch<'_> {
         if self.pages[index].held == Held::OnDevice {
             self.pages[index].fate = Fate::Restore;
             let entry = self.pages[index].entry;
-            let _layout = self.mm.engine.layout().hold();
+            let mm = Arc::clone(&self.mm);
+            let _layout = mm.engine.layout().hold();
             let kept = self.install(index, entry);
             self.count_dropped(index, kept);
         } else if let Some(address) = self.flight.address(index) {
-            let _layout = self.mm.engine.layout().hold();
+            let mm = Arc::clone(&self.mm);
+            let _layout = mm.engine.layout().hold();
+            self.lose_device_page(index);
             self.mm.stats.poisoned.fetch_add(1, Ordering::Relaxed);
             self.mm.engine.poison(address);
             self.install(index, Entry::POISON);
         }
+    }
+
+    /// The contents are lost, and with them the claim to a device page that they had or were to have.
+    fn lose_device_page(&mut self, index: usize) {
+        let page = &mut self.pages[index];
+        if page.entry.is_on_device() {
+            Stats::subtract(&self.mm.stats.device_pages, 1);
+        }
+        page.fate = match page.fate {
+            Fate::ToCoherent(target) => Fate::ToDevice(target),
+            _ if page.entry.is_on_device() => Fate::ToSystem,
+            fate => fate,
+        };
     }
 
     fn return_frames(&mut self) {
@@ -264,10 +303,10 @@ impl Batch<'_> {
             if fate == Fate::Restore {
                 continue;
             }
-            if let Fate::ToDevice(target) = fate {
+            if let Fate::ToDevice(target) | Fate::ToCoherent(target) = fate {
                 put(target);
             }
-            if let Place::Device(source) = page.entry.place() {
+            if let Some(source) = page.entry.device_page() {
                 put(source);
             }
         }
@@ -279,7 +318,7 @@ impl Batch<'_> {
     }
 }
 
-impl Drop for Batch<'_> {
+impl Drop for Batch {
     /// After a panic in a callback or an error on the way: claimed destinations go back, every page is restored.
     fn drop(&mut self) {
         if self.pages.iter().all(|page| page.held == Held::No) {
@@ -291,7 +330,7 @@ impl Drop for Batch<'_> {
         }
         for index in 0..self.pages.len() {
             let fate = std::mem::replace(&mut self.pages[index].fate, Fate::Restore);
-            if let Fate::ToDevice(target) = fate
+            if let Fate::ToDevice(target) | Fate::ToCoherent(target) = fate
                 && let Some(devmem) = Devmem::find(target)
             {
                 devmem.put(target);

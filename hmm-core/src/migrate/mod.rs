@@ -4,10 +4,19 @@
 //! *hold* (lock the entries) → *invalidate* (mirrors let go) → *take* (contents into frames) → the driver's
 //! `alloc_and_copy` → *decide* (claim destinations) → the driver's `finalize_and_map` → *land* (install, unlock, wake).
 //! Whatever fails after *take* is undone: a batch that is dropped at any point puts every page back.
+//!
+//! The driver's part comes in two shapes: as callbacks ([`Mm::migrate`]), or between three calls ([`Mm::migrate_setup`]).
 
 mod batch;
+mod by_page;
+mod exclusive;
 mod land;
+mod phases;
 mod take;
+
+pub use by_page::DeviceMigration;
+pub use exclusive::unlock_exclusive;
+pub use phases::Migration;
 
 use crate::addr::{AddrRange, LEAF_SIZE, Pfn, VirtAddr};
 use crate::error::{Error, Result};
@@ -16,12 +25,11 @@ use crate::inject::{self, Point};
 use crate::limits::BATCH_LEAVES;
 use crate::mm::inflight::Flight;
 use crate::mm::{Mm, Vma};
-use crate::ops::{MigrateOps, OwnerId};
+use crate::ops::{InvalidateEvent, MigrateOps, OwnerId};
 use crate::page_set::PageSet;
 use crate::sync::this_thread;
-use batch::Batch;
+use batch::{Batch, Collect};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// What to migrate (`struct migrate_vma`).
 #[derive(Debug, Clone, Copy)]
@@ -88,6 +96,23 @@ impl Mm {
         if src.len() != pages || dst.len() != pages {
             return Err(Error::invalid(start.get(), "src and dst need one element per page"));
         }
+        let vma = self.check_migration(request)?;
+        src.fill(MigratePfn::default());
+        dst.fill(MigratePfn::default());
+        let job = Job { mm: self, vma: &vma, collect: request.collect() };
+        let mut done = 0;
+        for range in batches(request.range) {
+            let here = done..done + range.pages();
+            done = here.end;
+            let (src, dst) = (&mut src[here.clone()], &mut dst[here]);
+            let busy = job.run_batch(range, ops, src, dst)?;
+            job.run_busy(range, &busy, ops, src, dst)?;
+        }
+        Ok(())
+    }
+
+    /// The vma of a migration that can begin.
+    fn check_migration(&self, request: &MigrateRequest) -> Result<Vma> {
         self.check_open()?;
         if request.select.contains(Select::SYSTEM) {
             self.check_not_closing()?;
@@ -98,18 +123,7 @@ impl Mm {
         }
         let vma = self.vma_covering(request.range)?;
         self.engine.refresh(request.range);
-        src.fill(MigratePfn::default());
-        dst.fill(MigratePfn::default());
-        let job = Job { mm: self, vma: &vma, request };
-        let mut done = 0;
-        for range in batches(request.range) {
-            let here = done..done + range.pages();
-            done = here.end;
-            let (src, dst) = (&mut src[here.clone()], &mut dst[here]);
-            let busy = job.run_batch(range, ops, src, dst)?;
-            job.run_busy(range, &busy, ops, src, dst)?;
-        }
-        Ok(())
+        Ok(vma)
     }
 
     /// As [`MigrateBatch::alloc_system_page`], for C: finds the batch by the calling thread.
@@ -123,7 +137,14 @@ impl Mm {
 struct Job<'a> {
     mm: &'a Arc<Mm>,
     vma: &'a Vma,
-    request: &'a MigrateRequest,
+    collect: Collect,
+}
+
+impl MigrateRequest {
+    fn collect(&self) -> Collect {
+        let (select, owner, event) = (self.select, self.owner, InvalidateEvent::Migrate);
+        Collect { select, owner, pages: None, event }
+    }
 }
 
 impl Job<'_> {
@@ -137,9 +158,7 @@ impl Job<'_> {
     ) -> Result<[PageSet; BATCH_LEAVES]> {
         let (mm, vma) = (self.mm, self.vma);
         let keep = [memory_of(src), memory_of(dst)];
-        let mut batch = Batch::hold(mm, vma, self.request, range, keep)?;
-        let busy = batch.take_contents()?;
-        batch.describe(src);
+        let (mut batch, busy) = Batch::begin(mm, vma, self.collect, range, keep, src)?;
         if src.iter().any(|page| page.migrates()) {
             let flight = &*batch.flight.clone();
             if inject::fails(Point::Allocate).is_none() {
@@ -148,10 +167,16 @@ impl Job<'_> {
             batch.decide(src, dst);
             ops.finalize_and_map(&MigrateBatch { mm, vma, range, src, dst, flight });
         }
-        batch.land();
-        let moved = src.iter().filter(|page| page.migrates()).count();
-        mm.stats.not_migrated.fetch_add((src.len() - moved) as u64, Ordering::Relaxed);
+        batch.end(src);
         Ok(busy)
+    }
+
+    /// Migrates one page, and tells what became of it.
+    fn run_one(&self, page: AddrRange, ops: &mut dyn MigrateOps) -> Result<MigratePfn> {
+        let (mut src, mut dst) = ([MigratePfn::default()], [MigratePfn::default()]);
+        let busy = self.run_batch(page, ops, &mut src, &mut dst)?;
+        self.run_busy(page, &busy, ops, &mut src, &mut dst)?;
+        Ok(src[0])
     }
 
     /// Pages that a fork left shared can be taken once a write made them private. Nothing is held meanwhile: the write
@@ -167,27 +192,33 @@ impl Job<'_> {
         if self.mm.engine.is_service_thread() {
             return Ok(());
         }
-        for (part, busy) in range.by_leaf().zip(busy) {
-            let mut page = 0;
-            while page < part.pages() {
-                let is_busy = |page: &usize| busy.contains(part.page_at(*page).index_in_leaf());
-                let count = (page..part.pages()).take_while(is_busy).count();
-                if count == 0 {
-                    page += 1;
-                    continue;
-                }
-                let run = part.sub(page, count);
-                page += count;
-                if self.mm.engine.populate(run, true).is_ok() {
-                    let first = range.index_of(run.start());
-                    let here = first..first + count;
-                    dst[here.clone()].fill(MigratePfn::default());
-                    self.run_batch(run, ops, &mut src[here.clone()], &mut dst[here])?;
-                }
+        for run in busy_runs(range, busy) {
+            if self.mm.engine.populate(run, true).is_ok() {
+                let first = range.index_of(run.start());
+                let here = first..first + run.pages();
+                dst[here.clone()].fill(MigratePfn::default());
+                self.run_batch(run, ops, &mut src[here.clone()], &mut dst[here])?;
             }
         }
         Ok(())
     }
+}
+
+/// The runs of pages that were shared or pinned when a batch over `range` looked.
+fn busy_runs(
+    range: AddrRange,
+    busy: &[PageSet; BATCH_LEAVES],
+) -> impl Iterator<Item = AddrRange> + use<'_> {
+    range.by_leaf().zip(busy).flat_map(|(part, busy)| {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let is_busy = |page: &usize| busy.contains(part.page_at(*page).index_in_leaf());
+            let first = (next..part.pages()).find(is_busy)?;
+            let count = (first..part.pages()).take_while(is_busy).count();
+            next = first + count;
+            Some(part.sub(first, count))
+        })
+    })
 }
 
 /// The pages that hold an array of the caller's: they stay, or filling the array would wait for itself.

@@ -1,15 +1,16 @@
 //! Taking contents out of the process: mirrors let go first, then pages move into frames.
 
-use super::batch::{Batch, Held};
+use super::batch::{Batch, Collect, Held};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::engine::{Present, Stop, VmaKind, Watch};
 use crate::error::{Error, Result};
 use crate::flags::Capabilities;
 use crate::limits::{BATCH_LEAVES, DEADLINE};
 use crate::mm::Vma;
-use crate::ops::{InvalidateEvent, Invalidation};
+use crate::ops::Invalidation;
 use crate::page_set::PageSet;
 use crate::stay::Stay;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -30,7 +31,7 @@ impl Taken {
 /// So often the kernel is asked which frames have pages.
 const LOOKS: usize = 64;
 
-impl Batch<'_> {
+impl Batch {
     /// Invalidates the mirrors, then empties the pages that the batch holds. Notifiers stay busy until that is done,
     /// so that no device maps a page again that is about to go.
     /// Returns the pages of each leaf that it let go of because they are shared or pinned.
@@ -39,9 +40,9 @@ impl Batch<'_> {
             return Ok([PageSet::default(); BATCH_LEAVES]);
         }
         self.mm.stats.invalidations.fetch_add(1, Ordering::Relaxed);
-        let update =
-            Invalidation { range: self.range, event: InvalidateEvent::Migrate, owner: self.owner };
-        let mm = self.mm;
+        let Collect { event, owner, .. } = self.collect;
+        let update = Invalidation { range: self.range, event, owner };
+        let mm = Arc::clone(&self.mm);
         let _invalid = mm.notifiers.invalidate(update);
         self.take_all()
     }
@@ -60,7 +61,7 @@ impl Batch<'_> {
 
     /// Lets go of pages that are present although their drop was reported: it may still come (holes may go).
     fn release_dropped(&mut self) -> Result<()> {
-        let mm = self.mm;
+        let mm = Arc::clone(&self.mm);
         for dropped in mm.removed.within(self.range) {
             let mut next = dropped.start();
             while next < dropped.end() {
@@ -156,7 +157,8 @@ impl Batch<'_> {
     /// One engine call. The watch is renewed under the same hold of the layout lock: a range that was unmapped and
     /// mapped anew is not watched any more.
     fn take_run(&mut self, index: usize, count: usize) -> Taken {
-        let _layout = self.mm.engine.layout().hold();
+        let mm = Arc::clone(&self.mm);
+        let _layout = mm.engine.layout().hold();
         let count = count.min(self.mapped_run(index, index + count));
         if count == 0 {
             return Taken::none(Stay::Changing);

@@ -3,6 +3,7 @@
 use super::Mm;
 use super::page_table::Place;
 use crate::addr::{AddrRange, Pfn, USER_END, VirtAddr};
+use crate::devmem::Devmem;
 use crate::engine::Present;
 use crate::error::{Error, Result};
 use crate::flags::Protection;
@@ -111,7 +112,8 @@ impl Mm {
     /// `Fault` where nothing is mapped, `Permission` when the mapping forbids the access, `Lost`, `Busy`.
     pub fn make_present(&self, range: AddrRange, write: bool) -> Result<usize> {
         self.check_open()?;
-        let home = self.bring_home(range)?;
+        let is_out_of_reach = |page| Devmem::find(page).is_some_and(|one| !one.is_coherent());
+        let home = self.bring_home_matching(range, &is_out_of_reach)?;
         self.engine.populate(range, write)?;
         Ok(home)
     }
@@ -146,7 +148,9 @@ impl Mm {
                 let place = &mut out[range.index_of(addr)];
                 match entry.place() {
                     _ if entry.is_locked() => *place = Residency::Migrating,
-                    Place::Device(page) => *place = Residency::Device(page),
+                    Place::Device(page) | Place::Coherent(page) => {
+                        *place = Residency::Device(page);
+                    }
                     Place::Poisoned => *place = Residency::Poisoned,
                     Place::System => {}
                 }

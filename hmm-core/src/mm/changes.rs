@@ -267,7 +267,8 @@ impl Mm {
     /// What migrations hold of a range that is about to change is let go of.
     fn wait_for_holders(&self, change: Change, still: Still, deadline: Instant) -> Result<()> {
         let is_awaited = |entry: &Entry| {
-            entry.is_locked() && (still == Still::Rest || entry.place() == Place::System)
+            let leaves = matches!(entry.place(), Place::System | Place::Coherent(_));
+            entry.is_locked() && (still == Still::Rest || leaves)
         };
         for range in change.ranges().into_iter().flatten() {
             let is_free = self.wait_while(range, deadline, is_awaited);

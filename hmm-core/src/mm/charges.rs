@@ -1,7 +1,7 @@
 //! Which group pays for the pages of an address space, and whether the library's accounts agree with one another.
 
 use super::Mm;
-use super::page_table::{Entry, Leaf, Place};
+use super::page_table::{Entry, Leaf};
 use crate::account::{self, Charges, GroupRef, MemoryGroup};
 use crate::addr::{AddrRange, USER_END};
 use crate::devmem::Devmem;
@@ -32,7 +32,7 @@ impl Sum {
 
     fn add_entry(&mut self, entry: Entry) {
         self.locked += u64::from(entry.is_locked());
-        if let Place::Device(page) = entry.place() {
+        if let Some(page) = entry.device_page() {
             self.on_devices += 1;
             if let Some(count) = self.windows.get_mut(Devmem::window_of(page)) {
                 *count += 1;

@@ -70,6 +70,14 @@ impl FaultSink for Mm {
     }
 }
 
+/// What a page needs to come home.
+enum ToBring {
+    /// The driver must bring it. A reference is held.
+    OutOfReach(Pfn),
+    /// It is mapped already.
+    Coherent,
+}
+
 enum Look {
     /// The page is on a device; a reference is held.
     Device(Pfn),
@@ -108,7 +116,7 @@ impl Mm {
                 self.engine.poison(fault.addr);
                 Look::Answered(Resolution::Lost)
             }
-            Place::System => {
+            Place::System | Place::Coherent(_) => {
                 self.stats.zero_faults.fetch_add(1, Ordering::Relaxed);
                 let count = leaf.fill_around(&entries, fault.addr.index_in_leaf());
                 let end = fault.addr.plus_pages(count).get();
@@ -260,7 +268,11 @@ impl Mm {
     }
 
     /// A page that is lost keeps no other one away; the first of them is reported in the end.
-    fn bring_home_matching(&self, range: AddrRange, wanted: &dyn Fn(Pfn) -> bool) -> Result<usize> {
+    pub(super) fn bring_home_matching(
+        &self,
+        range: AddrRange,
+        wanted: &dyn Fn(Pfn) -> bool,
+    ) -> Result<usize> {
         // A driver brings neighbours too, so they are counted before the first call.
         let leaves = self.table.leaves(range);
         let count = leaves.map(|leaf| self.pages_on_device(leaf, range, wanted)).sum();
@@ -271,13 +283,22 @@ impl Mm {
                 let deadline = Instant::now() + DEADLINE;
                 // `None`: the page is not (any more) on a device.
                 while let Some(page) = self.page_to_bring(leaf, addr, wanted, deadline)? {
-                    match self.call_fault(addr, page, FaultFlags::REMOTE) {
+                    let asked = match page {
+                        ToBring::OutOfReach(page) => {
+                            self.call_fault(addr, page, FaultFlags::REMOTE).map_err(|e| (e, page))
+                        }
+                        ToBring::Coherent => {
+                            self.take_back(leaf, range, wanted);
+                            Ok(())
+                        }
+                    };
+                    match asked {
                         Ok(()) => {}
-                        Err(FaultError::SigBus) => {
+                        Err((FaultError::SigBus, page)) => {
                             self.lose(addr, page);
                             lost = lost.or(Some(addr));
                         }
-                        Err(FaultError::OutOfMemory) => {
+                        Err((FaultError::OutOfMemory, _)) => {
                             crate::sync::sleep(Duration::from_millis(1))
                         }
                     }
@@ -301,25 +322,31 @@ impl Mm {
         wanted: &dyn Fn(Pfn) -> bool,
     ) -> usize {
         let entries = leaf.lock();
-        let is_there = |addr: &VirtAddr| matches!(entries[addr.index_in_leaf()].place(), Place::Device(page) if wanted(page));
+        let is_there =
+            |addr: &VirtAddr| entries[addr.index_in_leaf()].device_page().is_some_and(wanted);
         super::layout::pages_of(leaf, range).filter(is_there).count()
     }
 
-    /// The device page at an address, with a reference taken. Waits while a migration holds it.
+    /// What to bring home from an address, with a reference to its page where the driver has to. Waits while a migration holds it.
     fn page_to_bring(
         &self,
         leaf: &super::page_table::Leaf,
         addr: VirtAddr,
         wanted: &dyn Fn(Pfn) -> bool,
         deadline: Instant,
-    ) -> Result<Option<Pfn>> {
+    ) -> Result<Option<ToBring>> {
         let mut entries = leaf.lock();
         loop {
             let entry = entries[addr.index_in_leaf()];
             if !entry.is_locked() && !self.changes.rests(addr) {
-                let Place::Device(page) = entry.place() else { return Ok(None) };
-                let found = wanted(page) && Devmem::find(page).is_some_and(|one| one.get(page));
-                return Ok(found.then_some(page));
+                return Ok(match entry.place() {
+                    Place::Device(page) => {
+                        let referenced = || Devmem::find(page).is_some_and(|one| one.get(page));
+                        (wanted(page) && referenced()).then_some(ToBring::OutOfReach(page))
+                    }
+                    Place::Coherent(page) => wanted(page).then_some(ToBring::Coherent),
+                    Place::System | Place::Poisoned => None,
+                });
             }
             if self.engine.is_service_thread() {
                 let what = "a callback waits for a page that a migration holds";

@@ -4,7 +4,7 @@
 //! So whatever is still away when the fork comes is left out of it: the child has no mapping there.
 
 use super::Mm;
-use super::page_table::Leaf;
+use super::page_table::{Entry, Leaf, Place};
 use crate::addr::{AddrRange, LEAF_PAGES, USER_END, VirtAddr};
 use crate::error::{Error, Result};
 use crate::limits::{DEADLINE, RANGE_DEADLINE};
@@ -203,7 +203,10 @@ fn pages(run: AddrRange) -> impl Iterator<Item = VirtAddr> {
 fn away_of(leaf: &Leaf) -> PageSet {
     let mut away = PageSet::default();
     let entries = leaf.lock();
-    let slots = entries.iter().enumerate().filter(|(_, entry)| !entry.is_ordinary());
+    let is_away = |entry: &Entry| {
+        entry.is_locked() || matches!(entry.place(), Place::Device(_) | Place::Poisoned)
+    };
+    let slots = entries.iter().enumerate().filter(|(_, entry)| is_away(entry));
     slots.for_each(|(slot, _)| away.insert(slot));
     away
 }

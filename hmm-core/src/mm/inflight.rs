@@ -4,11 +4,9 @@
 //! the event changes the page's slot here (with the layout lock held for writing), and the migration finds out when it
 //! commits (with the layout lock held for reading).
 
-use super::page_table::{Entry, Place};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::arena::{Buffer, Shared};
 use crate::limits::MIGRATIONS;
-use crate::stay::Stay;
 use crate::sync::{Condvar, Mutex};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -214,17 +212,5 @@ impl fmt::Debug for Flight {
 impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("InFlight")
-    }
-}
-
-/// Why a migration may not take a page, seen under its leaf's lock; `system` says it of pages at home.
-pub(crate) fn why_not(entry: Entry, system: Option<Stay>, want_device: bool) -> Option<Stay> {
-    if entry.is_locked() {
-        return Some(Stay::Migrating);
-    }
-    match entry.place() {
-        Place::System => system,
-        Place::Device(_) => (!want_device).then_some(Stay::NotSelected),
-        Place::Poisoned => Some(Stay::Poisoned),
     }
 }

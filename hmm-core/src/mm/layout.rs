@@ -5,7 +5,7 @@
 //! ([`Tickets::settle`]), so that whoever called munmap and then the library finds everything done.
 
 use super::Mm;
-use super::page_table::{Entry, Leaf, Place};
+use super::page_table::{Entry, Leaf};
 use crate::addr::{AddrRange, VirtAddr};
 use crate::devmem::DoomedPages;
 use crate::engine::{MapEvent, MapTicket};
@@ -267,7 +267,7 @@ fn forget_entry(entry: Entry, doomed: &mut DoomedPages) {
     if let Some(group) = entry.group() {
         group.uncharge(entry.is_on_device());
     }
-    if let Place::Device(page) = entry.place() {
+    if let Some(page) = entry.device_page() {
         doomed.push(page);
     }
 }

@@ -3,6 +3,7 @@
 mod access;
 pub(crate) mod changes;
 mod charges;
+mod coherent;
 mod faults;
 mod fork_gate;
 mod fork_mode;
@@ -430,6 +431,10 @@ impl Notifier {
     /// `Busy` when that takes longer than the deadline, `Deadlock` from a callback.
     pub fn read_begin(&self) -> Result<u64> {
         self.mm.notifiers.read_begin(&self.subscription)
+    }
+    /// The sequence number now, even while an invalidation of the range is in progress: the number of that one.
+    pub fn sequence(&self) -> u64 {
+        self.subscription.sequence()
     }
     /// Whether the range was invalidated since `sequence` was read. Asked under the driver's own lock.
     pub fn read_retry(&self, sequence: u64) -> bool {

@@ -19,8 +19,10 @@ const FILL_LIMIT: usize = 16;
 pub(crate) enum Place {
     /// The kernel has it (or nobody has).
     System,
-    /// On a device.
+    /// On a device, out of the CPU's reach.
     Device(Pfn),
+    /// On a device whose memory the CPU reaches: it is mapped, and touches never fault.
+    Coherent(Pfn),
     /// Lost by its device.
     Poisoned,
 }
@@ -33,6 +35,7 @@ impl Entry {
     const KIND: u64 = 0b111;
     const DEVICE: u64 = 1;
     const POISONED: u64 = 2;
+    const COHERENT: u64 = 3;
     const LOCKED: u64 = 1 << 3;
     const WRITE: u64 = 1 << 4;
     const PFN_SHIFT: u32 = 8;
@@ -45,9 +48,14 @@ impl Entry {
     pub(crate) fn device(page: Pfn, write: bool) -> Self {
         Self((page.get() << Self::PFN_SHIFT) | Self::DEVICE | if write { Self::WRITE } else { 0 })
     }
+    pub(crate) fn coherent(page: Pfn) -> Self {
+        Self((page.get() << Self::PFN_SHIFT) | Self::COHERENT | Self::WRITE)
+    }
     pub(crate) fn place(self) -> Place {
+        let page = Pfn::new((self.0 & Self::PFN_MASK) >> Self::PFN_SHIFT);
         match self.0 & Self::KIND {
-            Self::DEVICE => Place::Device(Pfn::new((self.0 & Self::PFN_MASK) >> Self::PFN_SHIFT)),
+            Self::DEVICE => Place::Device(page),
+            Self::COHERENT => Place::Coherent(page),
             Self::POISONED => Place::Poisoned,
             _ => Place::System,
         }
@@ -56,8 +64,15 @@ impl Entry {
     pub(crate) fn is_ordinary(self) -> bool {
         self.0 & (Self::KIND | Self::LOCKED) == 0
     }
+    /// The device page that holds it, within the CPU's reach or not.
+    pub(crate) fn device_page(self) -> Option<Pfn> {
+        match self.place() {
+            Place::Device(page) | Place::Coherent(page) => Some(page),
+            Place::System | Place::Poisoned => None,
+        }
+    }
     pub(crate) fn is_on_device(self) -> bool {
-        self.0 & Self::KIND == Self::DEVICE
+        self.device_page().is_some()
     }
     /// The group that the page is charged to; `None`: it never left, or was lost.
     pub(crate) fn group(self) -> Option<GroupId> {

@@ -1,7 +1,9 @@
 //! How much memory the process uses, whichever side it is on.
 
 use super::Mm;
-use crate::addr::PAGE_SIZE;
+use super::page_table::{Entry, Place};
+use crate::addr::{AddrRange, PAGE_SIZE, USER_END};
+use crate::devmem::Devmem;
 use crate::engine::Rss;
 use crate::error::Result;
 use std::sync::atomic::Ordering;
@@ -32,9 +34,22 @@ impl Mm {
             }
             (frames, rss) = (again, self.engine.rss()?);
         }
-        let away = self.stats.device_pages.load(Ordering::Relaxed);
+        let away = self.stats.device_pages.load(Ordering::Relaxed).saturating_sub(self.coherent());
         let bytes = |pages: u64| pages * PAGE_SIZE as u64;
         rss.anon = (rss.anon + bytes(away)).saturating_sub(bytes(frames));
         Ok(rss)
+    }
+
+    /// Pages of devices that the CPU reaches: the kernel counts them, too.
+    fn coherent(&self) -> u64 {
+        let mut some = false;
+        Devmem::each(|_, devmem| some |= devmem.is_coherent());
+        if !some {
+            return 0;
+        }
+        let everything = AddrRange::from_bounds(0, USER_END);
+        let is_coherent = |entry: &&Entry| matches!(entry.place(), Place::Coherent(_));
+        let leaves = self.table.leaves(everything);
+        leaves.map(|leaf| leaf.lock().iter().filter(is_coherent).count() as u64).sum()
     }
 }

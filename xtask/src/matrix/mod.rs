@@ -13,7 +13,7 @@ use crate::test::suites::{self, Job};
 use crate::test::surroundings::Surroundings;
 use crate::test::tally::{Skip, Tally};
 use engine::Engine;
-use rows::{CHOOSERS, ELSEWHERE, QUICK_ROWS, QUICK_TESTS, ROWS, Row};
+use rows::{CHOOSERS, ELSEWHERE, PATIENCE, QUICK_ROWS, QUICK_TESTS, ROWS, Row};
 use stage::Stage;
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -179,7 +179,7 @@ fn run_row(row: &'static Row, programs: &[Program], is_quick: bool) -> Result<Li
     println!("    found: {}", engine.name.as_deref().unwrap_or("no engine"));
     println!("    because: {}", engine.reason);
     let mut runner = Runner::brief(surroundings);
-    run_tests(&mut runner, programs, python, is_quick)?;
+    run_tests(&mut runner, programs, python, is_quick, row.patience)?;
     print_skips(runner.skips());
     println!("{}: {}", row.name, runner.tally());
     let trouble = trouble_of(row, &engine, &runner);
@@ -225,6 +225,7 @@ fn surroundings_of(row: &Row, programs: &[Program]) -> Result<Surroundings, Stri
     surroundings.variables.extend(removed);
     let set = row.variables.iter().map(|(name, value)| ((*name).into(), Some((*value).into())));
     surroundings.variables.extend(set);
+    surroundings.variables.push((PATIENCE.into(), Some(row.patience.to_string().into())));
     for (name, value) in ALWAYS {
         surroundings.variables.push(((*name).into(), Some((*value).into())));
     }
@@ -237,18 +238,21 @@ fn run_tests(
     programs: &[Program],
     python: Python,
     is_quick: bool,
+    patience: u32,
 ) -> Result<(), String> {
     let is_wanted = |name: &str| {
         !ELSEWHERE.iter().any(|start| name.starts_with(start))
             && (!is_quick || QUICK_TESTS.iter().any(|part| name.contains(part)))
     };
-    let limit_of = |name: &str| if name.contains("stress") { LONG_LIMIT } else { TEST_LIMIT };
+    let limit_of =
+        |name: &str| patience * if name.contains("stress") { LONG_LIMIT } else { TEST_LIMIT };
     for program in programs.iter().filter(|program| program.is_test) {
         runner.run_program(program, is_wanted, limit_of)?;
     }
     let mut jobs = suites::c_programs()?;
     jobs.extend(suites::examples(programs)?);
     jobs.push(suites::python());
+    jobs.iter_mut().for_each(|job| job.limit *= patience);
     for job in jobs.iter().filter(|job| is_wanted(&job.name)) {
         match &python {
             Err(reason) if is_python(job) => runner.note_skipped(&job.name, reason),

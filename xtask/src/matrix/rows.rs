@@ -11,6 +11,8 @@ pub(crate) struct Row {
     pub(crate) confine: &'static [&'static str],
     /// Variables that are set.
     pub(crate) variables: &'static [(&'static str, &'static str)],
+    /// How much longer tests may take there, as in [`PATIENCE`].
+    pub(crate) patience: u32,
     /// The engine that must run there: one of these.
     pub(crate) engines: &'static [&'static str],
 }
@@ -23,6 +25,9 @@ impl Row {
     }
 }
 
+/// The variable that tells tests so: a whole number by which they multiply their limits.
+pub(crate) const PATIENCE: &str = "HMM_TEST_PATIENCE";
+
 /// All rows, in the order in which they run.
 pub(crate) const ROWS: &[Row] = &[
     Row {
@@ -30,6 +35,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "everything is allowed",
         confine: &[],
         variables: &[],
+        patience: 1,
         engines: &["uffd"],
     },
     Row {
@@ -37,6 +43,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "a user without rights, on the kernel's default settings",
         confine: &["--user", "nobody"],
         variables: &[],
+        patience: 1,
         engines: &["uffd-inline"],
     },
     Row {
@@ -44,6 +51,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "a kernel without userfaultfd",
         confine: &["--errno", "userfaultfd=ENOSYS", "--deny-path", "/dev/userfaultfd=ENOENT"],
         variables: &[],
+        patience: 1,
         engines: &["signal"],
     },
     Row {
@@ -51,6 +59,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "userfaultfd is refused, as system call and as device node",
         confine: &["--errno", "userfaultfd=EPERM", "--deny-path", "/dev/userfaultfd=EACCES"],
         variables: &[],
+        patience: 1,
         engines: &["signal"],
     },
     Row {
@@ -58,6 +67,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "a container without extra rights",
         confine: &["--docker"],
         variables: &[],
+        patience: 1,
         engines: &["signal"],
     },
     Row {
@@ -65,6 +75,8 @@ pub(crate) const ROWS: &[Row] = &[
         what: "a sandbox with a kernel of its own",
         confine: &["--gvisor"],
         variables: &[],
+        // Mappings are read as text, and every page that came home adds one.
+        patience: 4,
         engines: &["signal"],
     },
     Row {
@@ -72,6 +84,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "userfaultfd before Linux 6.8: no UFFDIO_MOVE",
         confine: &[],
         variables: &[("HMM_UFFD_DISABLE", "move")],
+        patience: 1,
         engines: &["uffd"],
     },
     Row {
@@ -79,6 +92,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "userfaultfd without asynchronous write protection",
         confine: &[],
         variables: &[("HMM_UFFD_DISABLE", "wp")],
+        patience: 1,
         engines: &["uffd"],
     },
     Row {
@@ -86,6 +100,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "userfaultfd that reports no layout changes",
         confine: &[],
         variables: &[("HMM_UFFD_DISABLE", "events")],
+        patience: 1,
         engines: &["signal"],
     },
     Row {
@@ -93,6 +108,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "a user without rights, and /proc/self/mem refused",
         confine: &["--user", "nobody", "--deny-path", "/proc/self/mem=EACCES"],
         variables: &[],
+        patience: 1,
         engines: &["uffd-inline", "signal"],
     },
     Row {
@@ -107,6 +123,7 @@ pub(crate) const ROWS: &[Row] = &[
             "/dev/userfaultfd=ENOENT",
         ],
         variables: &[],
+        patience: 1,
         engines: &["signal"],
     },
     Row {
@@ -121,6 +138,7 @@ pub(crate) const ROWS: &[Row] = &[
             "/dev/userfaultfd=ENOENT",
         ],
         variables: &[],
+        patience: 1,
         engines: &["signal"],
     },
     Row {
@@ -128,6 +146,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "no ioctls on /proc/self/maps and pagemap, no MADV_POPULATE",
         confine: &["--old-kernel"],
         variables: &[],
+        patience: 1,
         engines: &["uffd"],
     },
     Row {
@@ -135,6 +154,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "root, with the engine of a user without rights",
         confine: &[],
         variables: &[("HMM_ENGINE", "uffd-inline")],
+        patience: 1,
         engines: &["uffd-inline"],
     },
     Row {
@@ -142,6 +162,7 @@ pub(crate) const ROWS: &[Row] = &[
         what: "one CPU for all threads",
         confine: &["--cpu", "0"],
         variables: &[],
+        patience: 1,
         engines: &["uffd"],
     },
 ];

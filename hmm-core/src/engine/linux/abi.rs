@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{self, Ioctl, IoctlOutput, Opcode, Updater, opcode};
 use std::ffi::c_void;
 
+pub(super) const PAGE_IS_FILE: u64 = 1 << 2;
 pub(super) const PAGE_IS_PRESENT: u64 = 1 << 3;
 pub(super) const PAGE_IS_SWAPPED: u64 = 1 << 4;
 pub(super) const PAGE_IS_PFNZERO: u64 = 1 << 5;

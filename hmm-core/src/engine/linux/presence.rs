@@ -17,6 +17,7 @@ const REGIONS: usize = 64;
 const PAGES: usize = 512;
 /// Bits of an entry of `/proc/self/pagemap`.
 const PAGEMAP_PRESENT: u64 = 1 << 63;
+const PAGEMAP_FILE: u64 = 1 << 61;
 const PAGEMAP_SWAPPED: u64 = 1 << 62;
 
 /// The ways to ask.
@@ -126,7 +127,10 @@ fn scan_pagemap(
             start: next,
             end: range.end().get(),
             category_any_of: abi::PAGE_IS_PRESENT | abi::PAGE_IS_SWAPPED,
-            return_mask: abi::PAGE_IS_PRESENT | abi::PAGE_IS_SWAPPED | abi::PAGE_IS_PFNZERO,
+            return_mask: abi::PAGE_IS_PRESENT
+                | abi::PAGE_IS_SWAPPED
+                | abi::PAGE_IS_PFNZERO
+                | abi::PAGE_IS_FILE,
             ..ScanRequest::default()
         };
         let count = abi::pagemap_scan(pagemap, &mut request, &mut regions)?;
@@ -149,10 +153,12 @@ fn scan_pagemap(
 fn state_of(region: &ScanRegion) -> Present {
     if region.categories & abi::PAGE_IS_PFNZERO != 0 {
         Present::Zero
-    } else if region.categories & abi::PAGE_IS_PRESENT != 0 {
-        Present::Page
-    } else {
+    } else if region.categories & abi::PAGE_IS_PRESENT == 0 {
         Present::Swapped
+    } else if region.categories & abi::PAGE_IS_FILE != 0 {
+        Present::File
+    } else {
+        Present::Page
     }
 }
 
@@ -174,9 +180,10 @@ fn read_pagemap(
         }
         for entry in &entries[..read] {
             let state = match u64::from_ne_bytes(*entry) {
-                bits if bits & PAGEMAP_PRESENT != 0 => Present::Page,
-                bits if bits & PAGEMAP_SWAPPED != 0 => Present::Swapped,
-                _ => Present::None,
+                bits if bits & PAGEMAP_PRESENT == 0 && bits & PAGEMAP_SWAPPED == 0 => Present::None,
+                bits if bits & PAGEMAP_PRESENT == 0 => Present::Swapped,
+                bits if bits & PAGEMAP_FILE != 0 => Present::File,
+                _ => Present::Page,
             };
             runs.next(range.page_at(page).get(), state);
             page += 1;
@@ -252,10 +259,11 @@ mod tests {
         let start = VirtAddr::from_ptr(memory.as_ptr()).get();
         let range = AddrRange::new(start, start + 16 * 4096).unwrap();
         let presence = Presence::open();
-        let pagemap = presence.pagemap.as_ref().unwrap();
         let expected = [(5, Present::None), (2, Present::Page), (9, Present::None)];
         assert_eq!(look(|report| presence.scan(range, report).unwrap()), expected);
-        assert_eq!(look(|report| read_pagemap(pagemap, range, report).unwrap()), expected);
+        for pagemap in presence.pagemap.iter() {
+            assert_eq!(look(|report| read_pagemap(pagemap, range, report).unwrap()), expected);
+        }
         assert_eq!(look(|report| ask_mincore(range, report).unwrap()), expected);
     }
 }

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::flags::Protection;
 
 /// So often the kernel is asked until it says something.
-const LOOKS: usize = 64;
+pub(super) const LOOKS: usize = 64;
 
 impl Protector {
     /// As [`crate::engine::Engine::hides_pages_at_home`].

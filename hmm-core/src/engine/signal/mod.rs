@@ -247,6 +247,10 @@ impl Engine for SignalEngine {
         self.common.protector.presence.scan(range, report)
     }
 
+    fn is_huge(&self, range: AddrRange) -> bool {
+        self.common.protector.presence.is_huge(range)
+    }
+
     fn rss(&self) -> Result<Rss> {
         super::linux::rss()
     }

@@ -6,6 +6,7 @@
 //! dropped or unmapped by the program meanwhile. Pages of files are a little different ([`super::files`]).
 
 use super::hidden::{Hidden, Leaf, State};
+use super::look::LOOKS;
 use crate::addr::{AddrRange, LEAF_PAGES, PAGE_SIZE, VirtAddr};
 use crate::engine::linux::{Mappings, Memory, Presence, memory};
 use crate::engine::trap::copy;
@@ -167,7 +168,7 @@ impl Protector {
         while slot < LEAF_PAGES {
             let (end, inside) = wanted.run_at(slot);
             if let Some(run) = leaf.pages(slot, end).intersect(target).filter(|_| inside)
-                && protect(run, READ_WRITE).is_err()
+                && !self.show_or_hide(run)
             {
                 left.insert_pages(run);
                 state.whole = true;
@@ -175,6 +176,17 @@ impl Protector {
             slot = end;
         }
         self.hidden.set(state, left);
+    }
+
+    /// Makes a run accessible, or at least wholly inaccessible: where the copy was read as everybody reads, it may be
+    /// neither, and would be taken for changed by the program. False when it is not accessible.
+    fn show_or_hide(&self, run: AddrRange) -> bool {
+        if self.memory.is_some() {
+            return protect(run, READ_WRITE).is_ok();
+        }
+        let shown = || protect(run, READ_WRITE).ok().map(|()| true);
+        let hidden = || protect(run, MprotectFlags::empty()).ok().map(|()| false);
+        (0..LOOKS).find_map(|_| shown().or_else(hidden)).unwrap_or(false)
     }
 
     /// The part of a leaf around some pages of it that lies in the same mapping.
@@ -218,7 +230,7 @@ impl Protector {
         }
         let mut whole = true;
         let scanned = self.presence.scan(part, &mut |run, present| {
-            if matches!(present, Present::Page | Present::Swapped) {
+            if matches!(present, Present::Page | Present::File | Present::Swapped) {
                 whole &= copy(run, to(run));
             }
         });

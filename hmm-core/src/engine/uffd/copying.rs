@@ -20,7 +20,7 @@ impl UffdEngine {
         }
         let mut whole = true;
         let scanned = self.presence.scan(range, &mut |run, present| {
-            if matches!(present, Present::Page | Present::Swapped) {
+            if matches!(present, Present::Page | Present::File | Present::Swapped) {
                 let to = frame.plus_pages(range.index_of(run.start()));
                 whole &= self.memory.as_ref().is_some_and(|memory| memory.copy_in(run, to));
             }

@@ -318,7 +318,7 @@ impl Engine for UffdEngine {
     }
 
     fn is_huge(&self, range: AddrRange) -> bool {
-        self.can_move && self.presence.is_huge(range)
+        self.presence.is_huge(range)
     }
 
     fn is_locked(&self, page: VirtAddr) -> bool {

@@ -3,6 +3,10 @@
 //! The caller follows the range with a [`crate::RangeTracker`] or a [`crate::Notifier`]: number, look, own lock, number
 //! again. The result means nothing if the number changed.
 
+mod fault;
+
+pub use fault::{HmmPfn, RangeFault};
+
 use crate::addr::{AddrRange, Pfn, VirtAddr};
 use crate::devmem::Devmem;
 use crate::engine::{Present, VmaKind, Watch};
@@ -22,6 +26,15 @@ pub struct RangeRequest {
     /// `Some`: only this device's own pages are reported; pages of others count as absent, and a fault brings them
     /// home. `None`: pages of every device are reported (Gen A).
     pub owner: Option<OwnerId>,
+}
+
+/// Why pages could not be had.
+struct Failure {
+    /// The page, from the start of the range.
+    index: usize,
+    /// It is this page that cannot be had.
+    is_page: bool,
+    error: Error,
 }
 
 /// How the device wants to use the pages.
@@ -56,24 +69,46 @@ impl Mm {
         access: Access,
         pfns: &mut [PfnEntry],
     ) -> Result<()> {
+        let vma = self.prepare_look(request, pfns)?;
+        let address = request.range.start();
+        if access == Access::Write && !vma.protection.contains(Protection::WRITE) {
+            pfns.fill(PfnEntry::default());
+            return Err(Error::Permission { address, what: "the vma is not writable" });
+        }
         let deadline = Instant::now() + RANGE_DEADLINE;
+        let in_time = |address| match Instant::now() < deadline {
+            true => Ok(()),
+            false => Err(Error::Busy { address, what: "range keeps changing" }),
+        };
+        let faulted = self.fault_in(request, &vma, &|_| Some(access), pfns, &in_time);
+        faulted.map_err(|failure| {
+            if failure.is_page {
+                pfns[failure.index] = PfnEntry::bare(PfnFlags::ERROR);
+            }
+            failure.error
+        })
+    }
+
+    /// Looks, makes what is missing of what is wanted (by index) present, and looks again, until all is there.
+    /// `may_go_on` is asked before each round.
+    fn fault_in(
+        &self,
+        request: &RangeRequest,
+        vma: &Vma,
+        wanted: &dyn Fn(usize) -> Option<Access>,
+        pfns: &mut [PfnEntry],
+        may_go_on: &dyn Fn(VirtAddr) -> Result<()>,
+    ) -> std::result::Result<(), Failure> {
+        let range = request.range;
+        let failed = |index, is_page| move |error| Failure { index, is_page, error };
         loop {
-            let vma = self.prepare_look(request, pfns)?;
-            let address = request.range.start();
-            if access == Access::Write && !vma.protection.contains(Protection::WRITE) {
-                pfns.fill(PfnEntry::default());
-                return Err(Error::Permission { address, what: "the vma is not writable" });
-            }
-            self.look_at_range(request, &vma, pfns)?;
-            let Some(missing) = first_missing(request.range, access, pfns) else {
-                return self.own_pages(request.range, &vma, access, pfns);
+            self.look_at_range(request, vma, pfns).map_err(failed(0, false))?;
+            let Some((missing, access)) = first_missing(range, wanted, pfns) else {
+                return self.own_pages(range, vma, wanted, pfns).map_err(failed(0, false));
             };
-            if Instant::now() >= deadline {
-                return Err(Error::Busy { address: missing.start(), what: "range keeps changing" });
-            }
-            self.make_usable(missing, access).inspect_err(|_| {
-                pfns[request.range.index_of(missing.start())] = PfnEntry::bare(PfnFlags::ERROR);
-            })?;
+            let index = range.index_of(missing.start());
+            may_go_on(missing.start()).map_err(failed(index, false))?;
+            self.make_usable(missing, access).map_err(failed(index, true))?;
         }
     }
 
@@ -110,7 +145,7 @@ impl Mm {
         self.engine.scan(range, &mut |run, present| {
             let first = range.index_of(run.start());
             for (offset, out) in pfns[first..first + run.pages()].iter_mut().enumerate() {
-                *out = system_entry(run.page_at(offset), present, write);
+                *out = system_entry(run.page_at(offset), present, vma);
             }
         })?;
         for leaf in self.table.leaves(range) {
@@ -121,7 +156,8 @@ impl Mm {
                 let address = part.page_at(offset);
                 let entry = entries[address.index_in_leaf()];
                 if !entry.is_ordinary() {
-                    pfns[range.index_of(address)] = device_entry(entry, request.owner, write);
+                    let out = &mut pfns[range.index_of(address)];
+                    *out = device_entry(entry, *out, request.owner, write);
                 }
             }
         }
@@ -134,17 +170,20 @@ impl Mm {
         &self,
         range: AddrRange,
         vma: &Vma,
-        access: Access,
+        wanted: &dyn Fn(usize) -> Option<Access>,
         pfns: &[PfnEntry],
     ) -> Result<()> {
         let is_private = matches!(vma.kind, VmaKind::Anonymous | VmaKind::PrivateFile);
-        if access == Access::Read || !is_private || !self.may_share_pages() {
+        if !is_private || !self.may_share_pages() {
             return Ok(());
         }
-        let is_system = |entry: &PfnEntry| !entry.flags().contains(PfnFlags::DEVICE);
+        let is_to_own = |index: &usize| {
+            let is_system = !pfns[*index].flags().contains(PfnFlags::DEVICE);
+            is_system && wanted(*index) == Some(Access::Write)
+        };
         let mut first = 0;
         while first < pfns.len() {
-            let count = pfns[first..].iter().take_while(|entry| is_system(entry)).count();
+            let count = (first..pfns.len()).take_while(is_to_own).count();
             if count > 0 {
                 self.engine.populate(range.sub(first, count), true)?;
             }
@@ -173,22 +212,34 @@ impl Mm {
     }
 }
 
-fn system_entry(address: VirtAddr, present: Present, vma_writable: bool) -> PfnEntry {
+fn system_entry(address: VirtAddr, present: Present, vma: &Vma) -> PfnEntry {
     let valid = PfnFlags::VALID | PfnFlags::READ;
+    let is_writable = vma.protection.contains(Protection::WRITE);
     let flags = match present {
         Present::None => return PfnEntry::bare(PfnFlags::EMPTY),
         Present::Swapped => return PfnEntry::default(),
-        Present::Page if vma_writable => valid | PfnFlags::WRITE,
-        Present::Page | Present::Zero => valid,
+        // The page is the file's; a write gets a copy.
+        Present::File if vma.kind == VmaKind::PrivateFile => valid,
+        Present::Page | Present::File if is_writable => valid | PfnFlags::WRITE,
+        Present::Page | Present::File | Present::Zero => valid,
     };
     PfnEntry::new(Pfn::of_addr(address), flags)
 }
 
-fn device_entry(entry: Entry, owner: Option<OwnerId>, vma_writable: bool) -> PfnEntry {
+/// What a page is that the library knows something of; `mapped` is what the kernel says of it.
+fn device_entry(
+    entry: Entry,
+    mapped: PfnEntry,
+    owner: Option<OwnerId>,
+    vma_writable: bool,
+) -> PfnEntry {
     match entry.place() {
         _ if entry.is_locked() => PfnEntry::default(),
         Place::Poisoned => PfnEntry::bare(PfnFlags::ERROR),
         Place::System => PfnEntry::default(),
+        // Mapped like any other, whoever its owner is.
+        Place::Coherent(page) if mapped.pfn().is_some() => PfnEntry::new(page, mapped.flags()),
+        Place::Coherent(_) => mapped,
         Place::Device(page) => {
             let foreign = owner.is_some_and(|owner| {
                 Devmem::find(page).is_none_or(|devmem| devmem.owner() != owner)
@@ -204,14 +255,21 @@ fn device_entry(entry: Entry, owner: Option<OwnerId>, vma_writable: bool) -> Pfn
     }
 }
 
-/// The first run of pages that do not fulfil the request.
-fn first_missing(range: AddrRange, access: Access, pfns: &[PfnEntry]) -> Option<AddrRange> {
-    let wanted = match access {
-        Access::Read => PfnFlags::VALID,
-        Access::Write => PfnFlags::VALID | PfnFlags::WRITE,
+/// The first run of pages that do not fulfil what is wanted of them, and the access that is.
+fn first_missing(
+    range: AddrRange,
+    wanted: &dyn Fn(usize) -> Option<Access>,
+    pfns: &[PfnEntry],
+) -> Option<(AddrRange, Access)> {
+    let missing = |index: usize| {
+        let access = wanted(index)?;
+        let needed = match access {
+            Access::Read => PfnFlags::VALID,
+            Access::Write => PfnFlags::VALID | PfnFlags::WRITE,
+        };
+        (!pfns[index].flags().contains(needed)).then_some(access)
     };
-    let is_missing = |entry: &PfnEntry| !entry.flags().contains(wanted);
-    let first = pfns.iter().position(is_missing)?;
-    let count = pfns[first..].iter().take_while(|entry| is_missing(entry)).count();
-    Some(range.sub(first, count))
+    let (first, access) = (0..pfns.len()).find_map(|at| Some((at, missing(at)?)))?;
+    let count = (first..pfns.len()).take_while(|at| missing(*at) == Some(access)).count();
+    Some((range.sub(first, count), access))
 }
