@@ -34,11 +34,8 @@ CASE(exclusive)
 
 static void exclusive_mprotect(void)
 {
-	unsigned char *memory, *buffer;
+	unsigned char *memory = exclusive_map(), *buffer = buffer_map(PAGES);
 
-	NEEDS_LAYOUT();
-	memory = exclusive_map();
-	buffer = buffer_map(PAGES);
 	CHECK_EQ(mprotect(memory, PAGES * PAGE, PROT_READ), 0);
 	CHECK_EQ(command(device, HMM_DMIRROR_WRITE, memory, buffer, PAGES), -EPERM);
 	CHECK_EQ(numbers_wrong(memory, PAGES, 1, 0), 0);

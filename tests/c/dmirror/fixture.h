@@ -51,16 +51,6 @@ static inline long command(struct dmirror *mirror, unsigned long request, const 
 		CHECK_EQ(said.faults, 1);                                                      \
 	} while (0)
 
-/* Leaves a case that is about changes of the layout, which not every engine hears of. */
-#define NEEDS_LAYOUT()                                                                         \
-	do {                                                                                   \
-		if (!(hmm_mm_capabilities(mm) & (HMM_CAPABILITY_EVENTS | HMM_CAPABILITY_ORDERED))) { \
-			tap_skip_reason = "the engine hears of layout changes only under "     \
-					  "libhmm_preload.so";                                 \
-			return;                                                                \
-		}                                                                              \
-	} while (0)
-
 /* Memory whose int number i is i * times + plus. */
 static inline void numbers_fill(void *memory, size_t pages, int times, int plus)
 {
@@ -163,15 +153,27 @@ static inline void on_units(unsigned int first, unsigned int count, void (*run)(
 #define CASE_OF_TWO(name) CASE_ON(name, 2)
 #define BOTH(name) TEST(name##_on_private), TEST(name##_on_coherent)
 
+/* The driver keeps translations, and has to hear when memory is unmapped. */
+static inline void cases_skip(const struct tap_test *tests, int count)
+{
+	printf("1..%d\n", count);
+	for (int i = 0; i < count; i++)
+		printf("ok %d - %s # SKIP the engine hears of layout changes only under libhmm_preload.so\n", i + 1,
+		       tests[i].name);
+}
+
 /* Runs the tests; returns what main() returns. */
 static inline int cases_run(const struct tap_test *tests, int count)
 {
-	int failed;
+	int failed = 0;
 
 	mm = tap_mm(tests, count);
 	if (!mm)
 		return 0;
-	failed = tap_run(tests, count);
+	if (hmm_mm_capabilities(mm) & (HMM_CAPABILITY_EVENTS | HMM_CAPABILITY_ORDERED))
+		failed = tap_run(tests, count);
+	else
+		cases_skip(tests, count);
 	return hmm_mm_put(mm) ? 1 : failed;
 }
 

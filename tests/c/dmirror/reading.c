@@ -47,11 +47,8 @@ CASE(anon_read_prot)
 static void anon_read_multiple(void)
 {
 	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
-	unsigned char *memory, *buffer;
+	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE), *buffer = buffer_map(PAGES);
 
-	NEEDS_LAYOUT();
-	memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
-	buffer = buffer_map(PAGES);
 	for (int round = 0; round < 10; round++) {
 		CHECK(mmap(memory, PAGES * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0) == memory);
 		/* Where changes are only observed, a device that goes on without asking may be too early. */
