@@ -2395,9 +2395,9 @@ int hmm_range_fault(struct hmm_range_7_3 *range);
  *
  * @param range       As for hmm_range_fault(); notifier_seq is an output.
  * @param timeout_ms  No new round begins after so many milliseconds (the kernel counts jiffies);
- *                    HMM_RANGE_DEFAULT_TIMEOUT, or 0 for no limit.
- * @return As hmm_range_fault(), and -EBUSY when the time was over, -EDEADLK also when this thread
- * holds the lock for writing.
+ *                    HMM_RANGE_DEFAULT_TIMEOUT, or 0 for as many rounds as it takes.
+ * @return As hmm_range_fault(), and -EBUSY when the time was over, or a page or the lock was not to
+ * be had; -EDEADLK also when this thread holds the lock for writing.
  *
  * Context: any thread, without the lock of the address space and without locks that callbacks take;
  * not inside a callback; may block; may call migrate_to_ram and fault.

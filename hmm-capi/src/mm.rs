@@ -77,7 +77,10 @@ pub(crate) fn adopt(mm: &Arc<Mm>) -> Result<Arc<MmHandle>> {
 
 /// The handle of the address space that C code has open.
 pub(crate) fn any() -> Option<Arc<MmHandle>> {
-    MMS.find(|known| known.references.load(Ordering::Relaxed) > 0).map(|found| found.1)
+    let is_open = |known: &MmHandle| {
+        known.references.load(Ordering::Relaxed) > 0 && !known.core.is_inherited()
+    };
+    MMS.find(is_open).map(|found| found.1)
 }
 
 /// The C pointer of a handle; NULL when it is closed.

@@ -179,8 +179,18 @@ fn describe(pagemap: *const dev_pagemap) -> Result<Description> {
     Ok(Description { is_coherent, ops, owner: given.owner, pages: devmem::pages_of(size)? })
 }
 
+impl Registered {
+    /// False in a child for what its parent registered.
+    fn is_ours(&self) -> bool {
+        let is_known = |core: &Arc<Devmem>| {
+            Devmem::find(core.pfn_first()).is_some_and(|found| Arc::ptr_eq(&found, core))
+        };
+        self.core.get().is_none_or(is_known)
+    }
+}
+
 fn find(pagemap: *const dev_pagemap) -> Option<(*mut Opaque, Arc<Registered>)> {
-    PAGEMAPS.find(|one| one.pagemap == pagemap.addr())
+    PAGEMAPS.find(|one| one.pagemap == pagemap.addr() && one.is_ours())
 }
 
 /// A place in the table, unless the pagemap has one already.

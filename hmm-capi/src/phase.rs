@@ -61,10 +61,16 @@ impl Core {
     }
 }
 
+/// The first migration that fits. What was set up before a fork is the parent's, and not found in the child.
+fn find_where(fits: impl Fn(&Phase) -> bool) -> Option<(*mut Opaque, Arc<Phase>)> {
+    let is_inherited = |phase: &Phase| phase.mm.as_ref().is_some_and(|mm| mm.core.is_inherited());
+    PHASES.find(|phase| fits(phase) && !is_inherited(phase))
+}
+
 /// The migration that belongs to an array.
 fn find(src: *const c_ulong) -> Result<(*mut Opaque, Arc<Phase>)> {
     let what = "no migration was set up with this src, or it is finalized";
-    let found = PHASES.find(|phase| phase.src == src.addr());
+    let found = find_where(|phase| phase.src == src.addr());
     found.ok_or_else(|| invalid(src.addr() as u64, what))
 }
 
@@ -158,7 +164,7 @@ pub(crate) fn system_page(entry: *const c_ulong) -> Result<Pfn> {
         let index = offset / size_of::<c_ulong>();
         (offset.is_multiple_of(size_of::<c_ulong>()) && index < phase.pages).then_some(index)
     };
-    let found = PHASES.find(|phase| place(phase).is_some());
+    let found = find_where(|phase| place(phase).is_some());
     let page = found.and_then(|(_, phase)| {
         let held = lock(&phase.held);
         let held = held.as_ref().filter(|held| !held.is_decided)?;

@@ -106,9 +106,8 @@ fn look_locked(range: *mut hmm_range_7_3) -> Result<()> {
     request.look()
 }
 
-/// One round without the lock: number, lock, look.
-fn look_once(range: *mut hmm_range_7_3) -> Result<()> {
-    let mut request = read_request(range)?;
+/// A round without the lock: number, lock, look.
+fn look_once(range: *mut hmm_range_7_3, request: &mut Request) -> Result<()> {
     request.sequence = request.notifier.read_begin()?;
     // SAFETY: read_request found the pointer good, and the caller promises a range.
     unsafe { (&raw mut (*range).notifier_seq).write(request.sequence) };
@@ -119,11 +118,15 @@ fn look_once(range: *mut hmm_range_7_3) -> Result<()> {
 }
 
 fn look_unlocked(range: *mut hmm_range_7_3, timeout_ms: u64) -> Result<()> {
+    let mut request = read_request(range)?;
     let limit = (timeout_ms > 0).then(|| Duration::from_millis(timeout_ms));
     let end = limit.and_then(|limit| Instant::now().checked_add(limit));
     loop {
-        match look_once(range) {
-            Err(Error::Busy { .. }) if end.is_none_or(|end| Instant::now() < end) => {}
+        let looked = look_once(range, &mut request);
+        // What is busy for another reason was waited for already.
+        let is_over = request.notifier.read_retry(request.sequence);
+        match looked {
+            Err(Error::Busy { .. }) if is_over && end.is_none_or(|end| Instant::now() < end) => {}
             outcome => return outcome,
         }
     }
@@ -175,9 +178,9 @@ pub unsafe extern "C" fn hmm_range_fault(range: *mut hmm_range_7_3) -> c_int {
 ///
 /// @param range       As for hmm_range_fault(); notifier_seq is an output.
 /// @param timeout_ms  No new round begins after so many milliseconds (the kernel counts jiffies);
-///                    HMM_RANGE_DEFAULT_TIMEOUT, or 0 for no limit.
-/// @return As hmm_range_fault(), and -EBUSY when the time was over, -EDEADLK also when this thread
-/// holds the lock for writing.
+///                    HMM_RANGE_DEFAULT_TIMEOUT, or 0 for as many rounds as it takes.
+/// @return As hmm_range_fault(), and -EBUSY when the time was over, or a page or the lock was not to
+/// be had; -EDEADLK also when this thread holds the lock for writing.
 ///
 /// Context: any thread, without the lock of the address space and without locks that callbacks take;
 /// not inside a callback; may block; may call migrate_to_ram and fault.

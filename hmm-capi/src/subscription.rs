@@ -57,9 +57,10 @@ impl<O: Send + Sync, const N: usize> Subscriptions<O, N> {
         self.table.pages()
     }
 
-    /// Finds a structure by its address; nothing is read through the pointer.
+    /// Finds a structure by its address; nothing is read through the pointer. What was subscribed before a fork is the
+    /// parent's, and not found in the child.
     pub(crate) fn find<S>(&self, object: *const S) -> Option<(*mut Opaque, Arc<Subscription<O>>)> {
-        self.table.find(|one| one.object == object.addr())
+        self.table.find(|one| one.object == object.addr() && !one.mm.core.is_inherited())
     }
 
     /// Finds a structure by the handle that it got when it was inserted, which may be anything.
@@ -71,6 +72,9 @@ impl<O: Send + Sync, const N: usize> Subscriptions<O, N> {
         let found = self.table.get(handle)?;
         if found.object != object.addr() {
             return Err(invalid(object.addr() as u64, "a copy of what was inserted"));
+        }
+        if found.mm.core.is_inherited() {
+            return Err(Error::Gone { what: "it was inserted by the parent of this process" });
         }
         Ok(found)
     }

@@ -15,8 +15,9 @@ struct listener {
 	struct mmu_notifier_range range;	/* the last one */
 	unsigned long seq;
 	atomic_int calls, releases, inside;
-	atomic_bool slow, removes;
-	atomic_int remove_errno, begin_errno;
+	atomic_bool slow, removes, looks;
+	atomic_int remove_errno, begin_errno, look_errno, range_errno;
+	unsigned long pfn, src;
 	_Atomic(unsigned long) begun;
 };
 
@@ -31,6 +32,17 @@ static bool on_invalidate(struct mmu_interval_notifier *notifier, const struct m
 	listener->seq = cur_seq;
 	if (listener->slow)
 		usleep(200 * 1000);
+	if (listener->looks) {
+		struct hmm_range_7_3 look = {
+			.notifier = notifier,
+			.start = range->start,
+			.end = range->start + PAGE,
+			.hmm_pfns = &listener->pfn,
+		};
+
+		listener->look_errno = hmm_range_fault_unlocked_timeout(&look, 1);
+		listener->range_errno = migrate_device_range(&listener->src, HMM_DEVICE_PFN, 1);
+	}
 	if (listener->removes) {
 		listener->begun = mmu_interval_read_begin(notifier);
 		listener->begin_errno = hmm_last_errno();
@@ -205,6 +217,25 @@ static void a_callback_cannot_wait_for_itself(void)
 	memory_unmap(memory, 2);
 }
 
+/* The CPU page table is about to change: there is nothing to look at, and nothing to migrate. */
+static void a_callback_cannot_look_nor_migrate(void)
+{
+	static struct listener listener;
+	unsigned char *memory = memory_map(1, PROT_READ | PROT_WRITE);
+
+	test_device_open(&device, mm, MEMORY_DEVICE_PRIVATE);
+	memory_fill(memory, 1);
+	listen(&listener, memory, 1);
+	listener.looks = true;
+	CHECK_EQ(test_migrate(&device, memory, 1, true), 1);
+	CHECK_EQ(listener.look_errno, -EDEADLK);
+	CHECK_EQ(listener.range_errno, test_first_pfn(&device) == HMM_DEVICE_PFN ? -EDEADLK : -EINVAL);
+	unlisten(&listener);
+	CHECK_EQ(memory_wrong(memory, 1), 0);
+	test_device_close(&device);
+	memory_unmap(memory, 1);
+}
+
 static void lengths_are_checked(void)
 {
 	static struct mmu_interval_notifier notifier;
@@ -316,6 +347,7 @@ int main(void)
 		TEST(numbers_validate_a_look),
 		TEST(waiting_is_for_running_callbacks),
 		TEST(a_callback_cannot_wait_for_itself),
+		TEST(a_callback_cannot_look_nor_migrate),
 		TEST(lengths_are_checked),
 		TEST(parts_of_pages_are_told_as_pages),
 		TEST(misuse_is_refused),

@@ -3,6 +3,8 @@
 
 #include <setjmp.h>
 #include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #define PAGES 16
 
@@ -177,6 +179,66 @@ static void pages_of_others_have_no_pagemap(void)
 	}
 }
 
+static bool on_invalidate(struct mmu_interval_notifier *notifier, const struct mmu_notifier_range *range,
+			  unsigned long cur_seq)
+{
+	(void)range;
+	mmu_interval_set_seq(notifier, cur_seq);
+	return true;
+}
+
+static const struct mmu_interval_notifier_ops interval_ops = { on_invalidate };
+static struct mmu_interval_notifier notifier;
+
+/* The child's part: what it has of its parent is nothing, and the same structures are good for its own. */
+static void use_the_same_structures(unsigned char *memory)
+{
+	unsigned long seq = mmu_interval_read_begin(&notifier);
+
+	CHECK_EQ(hmm_last_errno(), -ENODEV);
+	CHECK(mmu_interval_read_retry(&notifier, seq));
+	mmu_interval_notifier_remove(&notifier);
+	CHECK_EQ(hmm_last_errno(), 0);
+	CHECK(!page_pgmap(pfn_to_page(test_first_pfn(&device))));
+	REFUSED_VOID(memunmap_pages(&device.pagemap), EINVAL);
+	mm = hmm_mm_current();
+	CHECK(!IS_ERR(mm));
+	memset(&device, 0, sizeof(device));
+	test_device_open(&device, mm, MEMORY_DEVICE_PRIVATE);
+	CHECK_EQ(mmu_interval_notifier_insert(&notifier, mm, address(memory), PAGES * PAGE, &interval_ops), 0);
+	seq = mmu_interval_read_begin(&notifier);
+	CHECK_EQ(test_migrate(&device, memory, PAGES, true), PAGES);
+	CHECK(mmu_interval_read_retry(&notifier, seq));
+	CHECK_EQ(memory_wrong(memory, PAGES), 0);
+	CHECK_EQ(device.faults, PAGES);
+	mmu_interval_notifier_remove(&notifier);
+	test_device_close(&device);
+	CHECK_EQ(hmm_mm_put(mm), 0);
+}
+
+static void a_child_begins_anew(void)
+{
+	unsigned char *memory = memory_map(PAGES, PROT_READ | PROT_WRITE);
+	int status = -1;
+	pid_t pid;
+
+	test_device_open(&device, mm, MEMORY_DEVICE_PRIVATE);
+	CHECK_EQ(mmu_interval_notifier_insert(&notifier, mm, address(memory), PAGES * PAGE, &interval_ops), 0);
+	memory_fill(memory, PAGES);
+	CHECK_EQ(test_migrate(&device, memory, PAGES, true), PAGES);
+	pid = fork();
+	if (!pid) {
+		use_the_same_structures(memory);
+		_exit(tap_failures > 0);
+	}
+	CHECK_EQ(waitpid(pid, &status, 0), pid);
+	CHECK_EQ(status, 0);
+	CHECK_EQ(memory_wrong(memory, PAGES), 0);
+	mmu_interval_notifier_remove(&notifier);
+	test_device_close(&device);
+	memory_unmap(memory, PAGES);
+}
+
 static sigjmp_buf bus_error;
 static volatile sig_atomic_t awaits_bus_error;
 
@@ -221,6 +283,7 @@ int main(void)
 		TEST(unmapping_frees_device_pages_once),
 		TEST(descriptions_are_checked),
 		TEST(pages_of_others_have_no_pagemap),
+		TEST(a_child_begins_anew),
 		TEST(lost_data_is_a_bus_error_and_never_zeros),
 	};
 	struct sigaction action = { .sa_handler = on_bus_error };
