@@ -38,16 +38,18 @@ report() {
 compile() {
 	local name=$1 output=$2
 	shift 2
-	"$cc" -std=gnu11 -D_GNU_SOURCE -O1 -g "${warnings[@]}" -Iinclude -Itests/c -o "$output" "$@" && return 0
+	"$cc" -std=gnu11 -D_GNU_SOURCE -O1 -g "${warnings[@]}" -Iinclude -Itests/c -Iexamples/dmirror -o "$output" "$@" &&
+		return 0
 	report "$name compiles" 1
 	return 1
 }
 
-# run NAME PROGRAM: counts the TAP lines of a program, which must end by itself and announce as many as it prints.
+# run NAME COMMAND...: counts the TAP lines of a program, which must end by itself and announce as many as it prints.
 run() {
-	local name=$1 program=$2 output status lines planned skips
+	local name=$1 output status lines planned skips
+	shift
 	[ -n "${BUILD_ONLY:-}" ] && return
-	output=$(timeout --signal=KILL "$limit" "$program" 2>&1)
+	output=$(timeout --signal=KILL "$limit" "$@" 2>&1)
 	status=$?
 	echo "# $name"
 	echo "$output"
@@ -98,6 +100,37 @@ binary_checks() {
 	report "libhmm.so exports what hmm.h declares" $?
 }
 
+# The kernel's cases, on the driver of examples/dmirror without its shim: as programs are, then with their changes of the
+# layout announced, on each engine.
+dmirror_cases() {
+	local preload=$target/release/libhmm_preload.so source name object engine
+	local ordered=(env LD_PRELOAD="$(realpath -m "$preload")" HMM_LAYOUT=ordered)
+	mkdir -p "$out/dmirror"
+	rm -f "$out"/dmirror/*.o
+	for source in examples/dmirror/*.c; do
+		object=$out/dmirror/$(basename "$source" .c).o
+		[ "$source" = examples/dmirror/shim.c ] ||
+			"$cc" -std=gnu11 -O1 -g -Wall -Wextra -Werror -Iinclude -c -o "$object" "$source" || {
+			report "$source compiles" 1
+			return
+		}
+	done
+	if [ -z "${BUILD_ONLY:-}" ] && [ ! -e "$preload" ]; then
+		cargo build --quiet --release --package hmm-preload || return
+	fi
+	for source in tests/c/dmirror/*.c; do
+		name=dmirror/$(basename "$source" .c)
+		case $name in "${ONLY:-}"*) ;; *) continue ;; esac
+		compile "$name" "$out/$name" "$source" "$out"/dmirror/*.o "${shared[@]}" || continue
+		run "$name" "$out/$name"
+		for engine in uffd uffd-inline signal; do
+			run "$name, layout in order, $engine" "${ordered[@]}" HMM_ENGINE=$engine "$out/$name"
+		done
+		run "$name, layout in order, without MOVE" \
+			"${ordered[@]}" HMM_ENGINE=uffd HMM_UFFD_DISABLE=move "$out/$name"
+	done
+}
+
 if [ ! -e "$lib/libhmm.so" ] || [ ! -e "$lib/libhmm.a" ]; then
 	cargo build --quiet --profile capi --package hmm-capi || exit 1
 fi
@@ -122,6 +155,8 @@ for source in tests/c/*.c; do
 	case $name in promises*) [ -z "${ONLY:-}" ] && continue ;; esac
 	run "$name" "$out/$name"
 done
+only=${ONLY:-}
+case dmirror/ in "${only:0:8}"*) dmirror_cases ;; esac
 if [ -z "${ONLY:-}" ]; then
 	compile "migrate (static)" "$out/migrate-static" tests/c/migrate.c "$lib/libhmm.a" "${static_needs[@]}" &&
 		run "migrate, linked with libhmm.a" "$out/migrate-static"

@@ -30,6 +30,10 @@ pub(super) const LIMITS: Limits = Limits {
 const PAUSE: Duration = Duration::from_millis(50);
 /// The end of the output is awaited so long after the end of the program.
 const AFTER_END: Duration = Duration::from_secs(2);
+/// Lines that wait to be taken in.
+const AHEAD: usize = 1000;
+/// A run that says more is killed: 58 tests say 250 lines.
+const MOST_LINES: usize = 20_000;
 /// Kills every process of the session `$session`, until none is left.
 const KILL_SESSION: &str = r#"
 for round in 1 2 3 4 5 6 7 8 9 10; do
@@ -169,24 +173,37 @@ impl Watch<'_> {
         if silence > self.limits.silence {
             return Some(format!("was silent for {} s and is killed", silence.as_secs()));
         }
+        if self.lines.len() > MOST_LINES {
+            return Some(format!("said more than {MOST_LINES} lines and is killed"));
+        }
         let whole = self.limits.whole;
         (self.start.elapsed() > whole).then(|| format!("took {} s and is killed", whole.as_secs()))
     }
 }
 
-/// Reads lines in a thread of its own.
+/// Reads lines in a thread of its own. A test that fails may say the same for seconds: that is one line, and a count.
 fn lines_of(reader: PipeReader) -> Receiver<String> {
-    let (sender, receiver) = mpsc::channel();
+    // Who writes faster than lines are taken in waits.
+    let (sender, receiver) = mpsc::sync_channel(AHEAD);
     std::thread::spawn(move || {
         let mut reader = BufReader::new(reader);
-        let mut line = Vec::new();
-        // An error ends the output as its end does. Nobody listens any more after a limit.
-        while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-            let text = String::from_utf8_lossy(&line);
-            if sender.send(text.trim_end().to_string()).is_err() {
+        let (mut line, mut last, mut repeats) = (Vec::new(), Vec::new(), 0_u64);
+        loop {
+            line.clear();
+            // An error ends the output as its end does.
+            let is_end = !reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0);
+            if !is_end && line == last {
+                repeats += 1;
+                continue;
+            }
+            let again = (repeats > 0).then(|| format!("# (said {repeats} times more)"));
+            let text = (!is_end).then(|| String::from_utf8_lossy(&line).trim_end().to_string());
+            // Nobody listens any more after a limit.
+            if again.into_iter().chain(text).any(|text| sender.send(text).is_err()) || is_end {
                 return;
             }
-            line.clear();
+            repeats = 0;
+            std::mem::swap(&mut last, &mut line);
         }
     });
     receiver
@@ -221,6 +238,17 @@ mod tests {
         assert_eq!(seen.lines, ["a", "b", "c"]);
         assert!(!seen.success && seen.ending.contains('3'), "{seen:?}");
         assert!(shell("true", &limits(20_000, 40_000)).success);
+    }
+
+    #[test]
+    fn what_is_said_again_and_again_is_counted() {
+        let script = "echo a; for i in 1 2 3; do echo b; done; echo c; echo d; echo d";
+        let seen = shell(script, &limits(20_000, 40_000));
+        let again = |times| format!("# (said {times} times more)");
+        let (two, one) = (again(2), again(1));
+        assert_eq!(seen.lines, ["a", "b", two.as_str(), "c", "d", one.as_str()]);
+        let seen = shell("i=0; while :; do i=$((i+1)); echo $i; done", &limits(20_000, 40_000));
+        assert!(!seen.success && seen.ending.contains("lines"), "{}", seen.ending);
     }
 
     #[test]

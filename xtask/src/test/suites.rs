@@ -54,15 +54,16 @@ pub(crate) fn c_build() -> Job {
 
 /// The programs that [`c_build`] built, one by one.
 pub(crate) fn c_programs() -> Result<Vec<Job>, String> {
-    let folder = workspace::target_dir().join("tests-c");
-    let sources = workspace::files(&workspace::root().join("tests/c"), &["c"])?;
-    let stems = sources.iter().filter_map(|source| source.file_stem()?.to_str());
-    let programs = stems.filter(|stem| !stem.ends_with("_other_unit")).chain(["migrate-static"]);
-    let job = |stem: &str| {
-        let job = suite(&format!("tests/c/{stem}"), Command::new(folder.join(stem)));
+    let built = workspace::target_dir().join("tests-c");
+    let folder = workspace::root().join("tests/c");
+    let sources = workspace::files(&folder, &["c"])?;
+    let names = sources.iter().map(|source| workspace::below(&folder, &source.with_extension("")));
+    let programs = names.filter(|name| !name.ends_with("_other_unit"));
+    let job = |name: String| {
+        let job = suite(&format!("tests/c/{name}"), Command::new(built.join(&name)));
         Job { limit: EXAMPLE_LIMIT, ..job }
     };
-    Ok(programs.map(job).collect())
+    Ok(programs.chain([String::from("migrate-static")]).map(job).collect())
 }
 
 /// The tests of libhmm_preload.so.
