@@ -6,6 +6,7 @@ mod header;
 mod house_rules;
 mod install;
 mod kselftest;
+mod kernel_names;
 mod layering;
 mod matrix;
 mod promises;
@@ -19,6 +20,7 @@ const HELP: &str = "\
 usage: cargo xtask CHORE
 
   gen-header [--check]     write include/hmm.h from hmm-capi, or check that the committed one is fresh
+  kernel-names             check that docs/KERNEL.md has every name of the header, and says rightly which are there
   layering                 check who uses whom, the length of files, and where unsafe code stands
   test [OPTION]... [TEXT]  run the tests, each in a process of its own and with a time limit
       TEXT                 only tests whose name contains it
@@ -58,6 +60,7 @@ fn dispatch(words: &[&str]) -> Result<(), String> {
     match words {
         ["gen-header"] => header::run(false),
         ["gen-header", "--check"] => header::run(true),
+        ["kernel-names"] => kernel_names::run(),
         ["layering"] => check_layering(),
         ["test", options @ ..] => test::run(&test::Options::parse(options)?),
         ["aarch64"] => aarch64::run(false),
