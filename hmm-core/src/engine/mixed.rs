@@ -2,8 +2,9 @@
 //! move.
 //!
 //! Both share one layout lock, and userfaultfd's frames. Layout changes of file mappings are reported by userfaultfd, which
-//! watches them; the signal engine's table follows before the mm hears of them. The signal engine starts, and puts its
-//! handler first, when pages of a file are to leave for the first time.
+//! watches them; the signal engine's table follows before the mm hears of them. Kernels that cannot watch files (before
+//! Linux 6.7) leave that to the program: pages of files leave only if it announces its changes. The signal engine starts,
+//! and puts its handler first, when pages of a file are to leave for the first time.
 //!
 //! System calls on pages of a file that are away fail with `EFAULT`, whatever the capabilities say of anonymous memory.
 
@@ -28,6 +29,10 @@ use std::time::Instant;
 pub struct MixedEngine {
     uffd: UffdEngine,
     files: SignalEngine,
+    /// The kernel reports layout changes of file mappings.
+    watches: bool,
+    /// The program announces layout changes.
+    announced: AtomicBool,
     /// Pages of files may be away: the signal engine runs.
     in_use: AtomicBool,
     starting: Mutex<()>,
@@ -72,13 +77,13 @@ fn stopped(stop: Stop) -> Progress {
 impl MixedEngine {
     /// Puts the signal engine beside userfaultfd, where both can do their part: userfaultfd alone otherwise.
     pub fn open(uffd: UffdEngine) -> Arc<dyn Engine> {
-        if !uffd.watches_files() {
-            return Arc::new(uffd);
-        }
+        let (watches, announced) = (uffd.watches_files(), AtomicBool::new(false));
         match SignalEngine::beside(uffd.shared_layout()) {
             Ok(Some(files)) => Arc::new(Self {
                 uffd,
                 files,
+                watches,
+                announced,
                 in_use: AtomicBool::new(false),
                 starting: Mutex::new(()),
                 sink: RwLock::new(None),
@@ -147,7 +152,10 @@ impl Engine for MixedEngine {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.uffd.capabilities() | Capabilities::PRIVATE_FILES
+        let mut capabilities = self.uffd.capabilities();
+        let told = self.watches || self.announced.load(Ordering::Acquire);
+        capabilities.set(Capabilities::PRIVATE_FILES, told);
+        capabilities
     }
 
     fn layout(&self) -> &LayoutLock {
@@ -234,7 +242,21 @@ impl Engine for MixedEngine {
             // A drop waits until its event was read, and this may be who reads.
             return stopped(Stop::Refused);
         }
-        self.files.withdraw_by(range, &|part| self.uffd.drop_watched(part))
+        match self.watches {
+            true => self.files.withdraw_by(range, &|part| self.uffd.drop_watched(part)),
+            false => self.files.withdraw(range),
+        }
+    }
+
+    fn announces(&self) {
+        self.announced.store(true, Ordering::Release);
+    }
+
+    fn changed(&self, event: MapEvent) {
+        let (MapEvent::Unmap(range) | MapEvent::Remove(range)) = event else { return };
+        if !self.watches && self.in_use() && self.files.has_any(range) {
+            self.files.changed(event);
+        }
     }
 
     fn copies_read_only(&self) -> bool {

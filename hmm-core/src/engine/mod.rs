@@ -299,9 +299,11 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     fn give(&self, range: AddrRange, frame: VirtAddr, how: Give) -> Progress;
     /// Finds out what the program did to a range, where nobody reports it. Called with no lock held.
     fn refresh(&self, _range: AddrRange) {}
-    /// The program announced this change, and has made it. For engines that are not told by the kernel; called with no
-    /// lock held, while no page of the range can migrate.
+    /// The program announced this change, and has made it. For memory of which the kernel does not tell the engine;
+    /// called with no lock held, while no page of the range can leave.
     fn changed(&self, _event: MapEvent) {}
+    /// From now on the program announces its changes.
+    fn announces(&self) {}
     /// Whether the engine keeps pages of a range out of reach by their protection, which the program is about to change.
     fn hides(&self, _range: AddrRange) -> bool {
         false

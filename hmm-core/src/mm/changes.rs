@@ -322,13 +322,13 @@ impl Mm {
                 drop(self.engine.layout().hold());
                 self.tickets.settle();
             }
-            (false, true) => {
-                change.events().into_iter().flatten().for_each(|event| self.engine.changed(event));
-            }
+            (false, true) => {}
             (false, false) => {
                 change.ranges().into_iter().flatten().for_each(|one| self.engine.refresh(one));
             }
         }
+        let events = change.events().into_iter().flatten().filter(|_| made);
+        events.for_each(|event| self.engine.changed(event));
         announced.invalidating.into_iter().flatten().for_each(|one| self.notifiers.end(one));
         self.release(announced.place, change.ranges());
     }

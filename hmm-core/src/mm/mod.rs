@@ -196,6 +196,7 @@ impl Mm {
 
     /// From now on the program announces changes of its layout.
     pub(crate) fn set_ordered(&self) {
+        self.engine.announces();
         self.ordered.store(true, Ordering::Release);
     }
 

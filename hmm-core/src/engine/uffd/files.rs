@@ -33,6 +33,10 @@ impl UffdEngine {
 
     /// Populates frames; some may be there already. The layout lock is held.
     pub(in crate::engine) fn fill_held(&self, frames: AddrRange) -> std::result::Result<(), Stop> {
+        if !self.can_move {
+            // Frames are ordinary memory.
+            return Ok(());
+        }
         let pages = self.pages_of_frame(frames.start());
         let mut done = 0;
         while done < frames.pages() {
