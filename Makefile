@@ -38,6 +38,7 @@ check:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(XTASK) gen-header --check
 	$(XTASK) layering
+	$(XTASK) kernel-names
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 
 bench:
@@ -72,7 +73,7 @@ clean:
 help:
 	@echo 'make demo      build everything and run the main job: a C program, then a Python script'
 	@echo 'make test      run all tests; ends with N passed, N failed, N skipped'
-	@echo 'make check     formatting, lints, header freshness, layering, documentation'
+	@echo 'make check     formatting, lints, header freshness, layering, names, documentation'
 	@echo 'make bench     measure against bare baselines; writes target/bench.json'
 	@echo 'make stress    the stress tests in their long form'
 	@echo 'make soak      everything at once, for MINUTES=30: threads, devices, layout changes, forks, checked all the while'

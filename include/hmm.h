@@ -2352,7 +2352,7 @@ void mmu_interval_set_seq(struct mmu_interval_notifier *interval_sub, unsigned l
 /**
  * Looks at the CPU page table of a range, and makes present and writable what the driver wants so.
  *
- * What is wanted of page i is (hmm_pfns[i] & pfn_flags_mask) | default_flags: HMM_PFN_REQ_FAULT,
+ * What is wanted of page i is `(hmm_pfns[i] & pfn_flags_mask) | default_flags`: HMM_PFN_REQ_FAULT,
  * the page is made present as if the CPU had touched it; with HMM_PFN_REQ_WRITE, writable, too
  * (copy-on-write is broken); none of them, it is only reported. The entry then says
  * HMM_PFN_VALID with the pfn in its low bits, HMM_PFN_WRITE when the page can be written now, and
@@ -2592,9 +2592,9 @@ void migrate_vma_finalize(struct migrate_vma *migrate);
  * First of three calls to empty a part of a device without knowing addresses: takes what the pages
  * hold, wherever they are mapped. Subscriptions are called with MMU_NOTIFY_CLEAR.
  *
- * src_pfns[i] belongs to page start + i, as entries of migrate_vma_setup() do. It is 0 where the
+ * `src_pfns[i]` belongs to page start + i, as entries of migrate_vma_setup() do. It is 0 where the
  * page is free, held by somebody else, or beyond what one call can hold: call again for those. As
- * there, system pages come from hmm_migrate_alloc_page(&src_pfns[i]).
+ * there, system pages come from hmm_migrate_alloc_page(`&src_pfns[i]`).
  *
  * @param src_pfns  One entry for each page; filled in.
  * @param start     Pfn of the first page.
@@ -2650,8 +2650,8 @@ void migrate_device_finalize(unsigned long *src_pfns,
  * The driver writes the contents to hmm_page_to_virt(page), except when the source is a coherent
  * page: its contents are there already. A page that is not stored in dst goes back by itself.
  *
- * @param entry  The page's entry, inside the array src of a migration: &src[i].
- * @return The page, to be stored in dst[i] as migrate_pfn(page_to_pfn(page)). NULL with
+ * @param entry  The page's entry, inside the array src of a migration: `&src[i]`.
+ * @return The page, to be stored in `dst[i]` as migrate_pfn(page_to_pfn(page)). NULL with
  * hmm_last_errno() -EINVAL: entry is not inside the src of a migration between its first and second
  * call, or its page is not on a device.
  *

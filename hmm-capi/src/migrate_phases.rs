@@ -256,9 +256,9 @@ pub unsafe extern "C" fn migrate_vma_finalize(migrate: *mut migrate_vma) {
 /// First of three calls to empty a part of a device without knowing addresses: takes what the pages
 /// hold, wherever they are mapped. Subscriptions are called with MMU_NOTIFY_CLEAR.
 ///
-/// src_pfns[i] belongs to page start + i, as entries of migrate_vma_setup() do. It is 0 where the
+/// `src_pfns[i]` belongs to page start + i, as entries of migrate_vma_setup() do. It is 0 where the
 /// page is free, held by somebody else, or beyond what one call can hold: call again for those. As
-/// there, system pages come from hmm_migrate_alloc_page(&src_pfns[i]).
+/// there, system pages come from hmm_migrate_alloc_page(`&src_pfns[i]`).
 ///
 /// @param src_pfns  One entry for each page; filled in.
 /// @param start     Pfn of the first page.
@@ -328,8 +328,8 @@ pub unsafe extern "C" fn migrate_device_finalize(
 /// The driver writes the contents to hmm_page_to_virt(page), except when the source is a coherent
 /// page: its contents are there already. A page that is not stored in dst goes back by itself.
 ///
-/// @param entry  The page's entry, inside the array src of a migration: &src[i].
-/// @return The page, to be stored in dst[i] as migrate_pfn(page_to_pfn(page)). NULL with
+/// @param entry  The page's entry, inside the array src of a migration: `&src[i]`.
+/// @return The page, to be stored in `dst[i]` as migrate_pfn(page_to_pfn(page)). NULL with
 /// hmm_last_errno() -EINVAL: entry is not inside the src of a migration between its first and second
 /// call, or its page is not on a device.
 ///

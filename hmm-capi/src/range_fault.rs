@@ -134,7 +134,7 @@ fn look_unlocked(range: *mut hmm_range_7_3, timeout_ms: u64) -> Result<()> {
 
 /// Looks at the CPU page table of a range, and makes present and writable what the driver wants so.
 ///
-/// What is wanted of page i is (hmm_pfns[i] & pfn_flags_mask) | default_flags: HMM_PFN_REQ_FAULT,
+/// What is wanted of page i is `(hmm_pfns[i] & pfn_flags_mask) | default_flags`: HMM_PFN_REQ_FAULT,
 /// the page is made present as if the CPU had touched it; with HMM_PFN_REQ_WRITE, writable, too
 /// (copy-on-write is broken); none of them, it is only reported. The entry then says
 /// HMM_PFN_VALID with the pfn in its low bits, HMM_PFN_WRITE when the page can be written now, and
