@@ -5,12 +5,16 @@ use crate::addr::{AddrRange, LEAF_SIZE, VirtAddr};
 use crate::error::{Error, Result};
 use crate::inject::{self, Point};
 use crate::limits::DEADLINE;
+use crate::sync::yield_now;
 use once_cell::sync::OnceCell;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags};
 use std::time::Instant;
+
+/// So often a write is tried that the kernel refuses.
+const WRITES: usize = 64;
 
 /// `/proc/self/mem`: accesses that ignore protections and never wait for a userfault.
 #[derive(Debug)]
@@ -102,7 +106,7 @@ fn can_populate() -> bool {
 /// Touches each page by a system call, which fails where an access would kill.
 fn touch_all(range: AddrRange, write: bool) -> Result<()> {
     for address in (0..range.pages()).map(|page| range.page_at(page)) {
-        match touch(address, write) {
+        match touch(address, false).and_then(|()| if write { write_to(address) } else { Ok(()) }) {
             Ok(()) => {}
             Err(Errno::FAULT) if write && touch(address, false).is_ok() => {
                 return Err(Error::Permission { address, what: "the mapping forbids the access" });
@@ -114,6 +118,20 @@ fn touch_all(range: AddrRange, write: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Touches a page for a write, after it was read: the kernel does not wait for userfaultfd in an atomic operation. It says
+/// `EFAULT` at once where the page went away again, or where stores have to wait for a moment.
+fn write_to(address: VirtAddr) -> std::result::Result<(), Errno> {
+    let mut result = touch(address, true);
+    for _ in 1..WRITES {
+        if result != Err(Errno::FAULT) {
+            break;
+        }
+        yield_now();
+        result = touch(address, false).and_then(|()| touch(address, true));
+    }
+    result
 }
 
 /// Reads a word, or adds nothing to it atomically: what `futex` does with a word that nobody waits for.
