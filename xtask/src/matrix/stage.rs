@@ -76,6 +76,8 @@ impl Stage {
                 self.copy(&entry.path(), &new_library.join(entry.file_name()))?;
             }
         }
+        let shared = "os.path.join(*map(sysconfig.get_config_var, ('LIBDIR', 'INSTSONAME')))";
+        self.copy_libpython(Path::new(&says(shared)?), &home.join("lib"), surroundings)?;
         let modules = workspace::root().join("hmm-py/python");
         let path = [modules, packages].map(|folder| surroundings.in_copy(folder.as_os_str()));
         let path = path.join(OsString::from(":").as_os_str());
@@ -88,6 +90,29 @@ impl Stage {
         }
         let outcome = process::run(&mut surroundings.around(&import), LIMIT)?;
         Err(format!("Python does not work as a copy either: {}", outcome.said().trim()))
+    }
+
+    /// The interpreter's shared library, if it has one: the loader would find that of another version instead.
+    fn copy_libpython(
+        &self,
+        library: &Path,
+        to: &Path,
+        surroundings: &mut Surroundings,
+    ) -> Result<(), String> {
+        let is_shared = library.to_string_lossy().contains(".so");
+        let Some(name) = library.file_name().filter(|_| is_shared && library.is_file()) else {
+            return Ok(());
+        };
+        self.copy(library, &to.join(name))?;
+        let is_path = |variable: &&(String, Option<OsString>)| variable.0 == "LD_LIBRARY_PATH";
+        let before = surroundings.variables.iter().rfind(is_path).and_then(|one| one.1.clone());
+        let mut path = to.as_os_str().to_owned();
+        before.into_iter().for_each(|before| {
+            path.push(":");
+            path.push(before);
+        });
+        surroundings.variables.push(("LD_LIBRARY_PATH".into(), Some(path)));
+        Ok(())
     }
 
     /// Copies the programs, and what they read, if one of them cannot be read where it is.
