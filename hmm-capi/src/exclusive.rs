@@ -27,8 +27,8 @@ fn locked(mm: *mut mm_struct) -> Result<Arc<MmHandle>> {
     Ok(handle)
 }
 
-fn make(mm: &MmHandle, addr: VirtAddr, owner: OwnerId) -> Result<*mut page> {
-    mm.core.make_exclusive(addr.page(), owner).map(pages::from_pfn)
+fn make(mm: &MmHandle, addr: VirtAddr, owner: OwnerId, holds_others: bool) -> Result<*mut page> {
+    mm.core.make_exclusive(addr.page(), owner, holds_others).map(pages::from_pfn)
 }
 
 fn make_one(
@@ -38,7 +38,7 @@ fn make_one(
     folio: *mut *mut folio,
 ) -> Result<*mut page> {
     check_pointer(folio, "foliop is NULL or misaligned")?;
-    let page = make(&*locked(mm)?, VirtAddr::new(addr), owner_from(owner))?;
+    let page = make(&*locked(mm)?, VirtAddr::new(addr), owner_from(owner), false)?;
     // SAFETY: not NULL and aligned; the caller promises a place for one pointer.
     unsafe { folio.write(page.cast()) };
     Ok(page)
@@ -59,7 +59,7 @@ fn make_range(
     let (mm, range) = (locked(mm)?, AddrRange::new(bounds.0, bounds.1)?);
     for index in 0..range.pages() {
         let addr = VirtAddr::new(bounds.0 + ((index as u64) << hmm_core::PAGE_SHIFT));
-        let page = match make(&mm, addr, owner_from(owner)) {
+        let page = match make(&mm, addr, owner_from(owner), index > 0) {
             Ok(page) => page,
             Err(error) if is_of_page(&error) => ptr::null_mut(),
             Err(error) if index == 0 => return Err(error),

@@ -19,7 +19,7 @@ pub struct OwnerId(u64);
 impl OwnerId {
     /// A new identity, unique in this process.
     pub fn unique() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
+        static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 

@@ -197,7 +197,7 @@ fn an_exclusive_page_is_the_devices_until_the_cpu_touches_it() {
     let _notifier = mm.notifier_insert(region.range(), observer.clone()).unwrap();
     let owner = OwnerId::from_word(0x7000);
     let addr = VirtAddr::new(region.page_addr(1));
-    let page = mm.make_exclusive(addr, owner).unwrap();
+    let page = mm.make_exclusive(addr, owner, false).unwrap();
     let told = std::mem::take(&mut *observer.told.lock().unwrap());
     assert_eq!(told.last(), Some(&(InvalidateEvent::Exclusive, Some(owner))));
     let word = page.to_addr().unwrap().as_ptr().cast::<u64>();
@@ -224,20 +224,23 @@ fn exclusive_access_is_refused_with_a_reason() {
     let mm = mm_or_skip!();
     let region = Region::new(2);
     let owner = OwnerId::from_word(0x7000);
-    assert!(matches!(mm.make_exclusive(VirtAddr::new(4096), owner), Err(Error::Fault { .. })));
+    assert!(matches!(
+        mm.make_exclusive(VirtAddr::new(4096), owner, false),
+        Err(Error::Fault { .. })
+    ));
     // SAFETY: the region's own page.
     let done = unsafe { libc::mprotect(region.as_ptr().cast(), PAGE_SIZE, libc::PROT_READ) };
     assert_eq!(done, 0);
     let addr = VirtAddr::new(region.addr());
-    assert!(matches!(mm.make_exclusive(addr, owner), Err(Error::Fault { .. })));
+    assert!(matches!(mm.make_exclusive(addr, owner, false), Err(Error::Fault { .. })));
     let second = VirtAddr::new(region.page_addr(1));
     mm.pin_range(region.part(1, 1)).unwrap();
-    assert!(matches!(mm.make_exclusive(second, owner), Err(Error::Busy { .. })));
+    assert!(matches!(mm.make_exclusive(second, owner, false), Err(Error::Busy { .. })));
     mm.unpin_range(region.part(1, 1)).unwrap();
     // Twice: the second takes it from the first.
-    let first = mm.make_exclusive(second, owner).unwrap();
+    let first = mm.make_exclusive(second, owner, false).unwrap();
     assert!(unlock_exclusive(first));
-    let again = mm.make_exclusive(second, owner).unwrap();
+    let again = mm.make_exclusive(second, owner, false).unwrap();
     assert!(unlock_exclusive(again));
     assert_eq!(region.word(PAGE_SIZE / 8).load(Ordering::SeqCst), 0);
 }

@@ -73,6 +73,8 @@ pub(super) struct Collect {
     pub(super) pages: Option<(Pfn, Pfn)>,
     /// What mirrors are told.
     pub(super) event: InvalidateEvent,
+    /// It may wait for a fork to be over, which in turn may wait for what the caller holds.
+    pub(super) waits: bool,
 }
 
 impl Page {
@@ -151,8 +153,7 @@ impl Batch {
                 return Ok(());
             }
             mm.inflight.remove(&self.flight);
-            if mm.inflight.count_of_thread(this_thread()) > 0 {
-                // The fork waits for what this thread holds already.
+            if !self.collect.waits {
                 let what = "the process forks";
                 return Err(Error::Busy { address: self.range.start(), what });
             }

@@ -44,7 +44,8 @@ impl Devmem {
         src.fill(MigratePfn::default());
         let select = Select::DEVICE | Select::COHERENT;
         let event = InvalidateEvent::Clear;
-        let collect = Collect { select, owner: None, pages: Some((first, end)), event };
+        let collect =
+            Collect { select, owner: None, pages: Some((first, end)), event, waits: true };
         let mut migration = DeviceMigration::new(first, src.len())?;
         let everything = AddrRange::new(0, USER_END)?;
         for mm in Mm::all_open() {

@@ -151,7 +151,7 @@ impl DevmemOps for Contents {
         }
         let owner = Some(devmem.owner());
         let (select, event) = (Select::DEVICE, InvalidateEvent::Clear);
-        let collect = Collect { select, owner, pages: None, event };
+        let collect = Collect { select, owner, pages: None, event, waits: true };
         let job = Job { mm: fault.mm, vma: &fault.vma, collect };
         let page = AddrRange::page_of(fault.addr);
         let mut home = Home { contents: self, devmem };
@@ -208,13 +208,19 @@ impl Mm {
     ///
     /// Returns the page that has the contents meanwhile, for the device to use at `pfn.to_addr()`. It is *locked*: nobody
     /// revokes it before [`unlock_exclusive`], which follows as soon as the device's tables are set up, within the
-    /// seconds that touches wait.
+    /// seconds that touches wait. `holds_others`: the caller has such pages locked. A fork waits for these, so they must
+    /// not wait for it.
     ///
     /// # Errors
     /// `Fault` where nothing is mapped or the mapping is not writable; `Unsupported` for other than private anonymous
-    /// memory; `Busy` when the page is pinned, shared, or under way for a second; `NoMemory` when 65,536 pages are
-    /// exclusive already; `Deadlock` from a callback; `Gone`.
-    pub fn make_exclusive(self: &Arc<Self>, addr: VirtAddr, owner: OwnerId) -> Result<Pfn> {
+    /// memory; `Busy` when the page is pinned, shared, or under way for a second, or while the process forks; `NoMemory`
+    /// when 65,536 pages are exclusive already; `Deadlock` from a callback; `Gone`.
+    pub fn make_exclusive(
+        self: &Arc<Self>,
+        addr: VirtAddr,
+        owner: OwnerId,
+        holds_others: bool,
+    ) -> Result<Pfn> {
         self.check_not_closing()?;
         let page = AddrRange::page_of(addr.page());
         let address = page.start();
@@ -237,6 +243,7 @@ impl Mm {
             owner: Some(owner),
             pages: None,
             event: InvalidateEvent::Exclusive,
+            waits: !holds_others,
         };
         let deadline = Instant::now() + RANGE_DEADLINE;
         loop {

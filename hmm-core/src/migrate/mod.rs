@@ -143,7 +143,7 @@ struct Job<'a> {
 impl MigrateRequest {
     fn collect(&self) -> Collect {
         let (select, owner, event) = (self.select, self.owner, InvalidateEvent::Migrate);
-        Collect { select, owner, pages: None, event }
+        Collect { select, owner, pages: None, event, waits: true }
     }
 }
 
