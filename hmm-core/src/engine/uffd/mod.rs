@@ -219,13 +219,12 @@ impl Engine for UffdEngine {
     }
 
     fn stop(&self) {
-        self.service.stop();
+        self.service.stop_reading();
+        self.pages.close(self.service.stop_descriptor());
+        self.service.second().into_iter().for_each(|second| second.pages.close(&second.stop));
+        self.service.join();
         for inline in [self.inline.as_ref(), self.touchers.get()].into_iter().flatten() {
             inline.trap.stop();
-        }
-        self.pages.close(self.service.stop_descriptor());
-        if let Some(second) = self.service.second() {
-            second.pages.close(&second.stop);
         }
         self.frame_areas.lock().clear();
     }

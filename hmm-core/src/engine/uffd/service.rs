@@ -147,11 +147,17 @@ impl Service {
         Err(Error::Busy { address, what: "service threads do not start" })
     }
 
-    pub(super) fn stop(&self) {
+    /// Service threads read no more from now on.
+    pub(super) fn stop_reading(&self) {
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
         if let Some(second) = self.second() {
             let _ = rustix::io::write(&second.stop, &1_u64.to_ne_bytes());
         }
+    }
+
+    /// Waits until they have ended. Nothing is registered any more: a thread that ends drops its stack, and where that is
+    /// watched, as a neighbour of the program's memory, it would wait for somebody to read of it.
+    pub(super) fn join(&self) {
         for thread in self.shared.threads.lock().drain(..) {
             // A panic on it has ended the process already.
             let _ = thread.join();
