@@ -132,6 +132,7 @@ impl Batch {
             let blocked = batch.blocked(part);
             batch.hold_leaf(part, &blocked)?;
         }
+        batch.let_go_of_what_changed();
         batch.borrow_frames();
         Ok(batch)
     }

@@ -47,6 +47,22 @@ impl Batch {
         self.take_all()
     }
 
+    /// The mapping was looked at before its pages were held; only from then on changes of its access wait for them.
+    pub(super) fn let_go_of_what_changed(&mut self) {
+        if !self.copies {
+            return;
+        }
+        let now = self.mm.vma_covering(self.range);
+        if now.is_ok_and(|now| self.mm.copies(&now)) {
+            return;
+        }
+        for index in 0..self.pages.len() {
+            if self.pages[index].held == Held::Mapped {
+                self.release(index, Stay::Changing);
+            }
+        }
+    }
+
     fn take_all(&mut self) -> Result<[PageSet; BATCH_LEAVES]> {
         if self.pages.iter().any(|page| page.held == Held::Mapped) {
             self.release_dropped()?;
