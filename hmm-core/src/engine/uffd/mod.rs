@@ -38,7 +38,6 @@ use inline::{Inline, check_anonymous};
 use once_cell::sync::OnceCell;
 use open::Mode;
 use pages::Pages;
-use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use second::{Second, registration_failed};
 use service::Service;
@@ -146,8 +145,7 @@ impl UffdEngine {
             let no_memory = || Error::NoMemory { what: "the engine's state" };
             let descriptor = Shared::new(opened.descriptor).ok_or_else(no_memory)?;
             let pages = Pages { descriptor, mappings: Mappings::open()? };
-            let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-                .map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))?;
+            let stop = service::stop_event()?;
             let inline = Inline::new(self.service.clone())?;
             let frames = self.frame_areas.lock().first().map(|reserved| reserved.area);
             let frames = frames.ok_or_else(no_memory)?;

@@ -78,14 +78,26 @@ impl std::fmt::Debug for Common {
     }
 }
 
+/// What a stop event counts down from: once the descriptors are closed their numbers stand for the stop event, and a thread
+/// that is about to read one of them takes one away.
+const FOR_EVER: u64 = 1 << 62;
+
+/// An event that ends service threads.
+///
+/// # Errors
+/// When there is no descriptor for it.
+pub(super) fn stop_event() -> Result<OwnedFd> {
+    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
+    rustix::event::eventfd(0, flags).map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))
+}
+
 impl Service {
     pub(super) fn new(
         descriptor: Shared<OwnedFd>,
         layout: Shared<LayoutLock>,
         sends_signals: bool,
     ) -> Result<Self> {
-        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| Error::os("eventfd", VirtAddr::new(0), errno))?;
+        let stop = stop_event()?;
         let shared = Common {
             descriptor,
             layout,
@@ -149,9 +161,9 @@ impl Service {
 
     /// Service threads read no more from now on.
     pub(super) fn stop_reading(&self) {
-        let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.shared.stop, &FOR_EVER.to_ne_bytes());
         if let Some(second) = self.second() {
-            let _ = rustix::io::write(&second.stop, &1_u64.to_ne_bytes());
+            let _ = rustix::io::write(&second.stop, &FOR_EVER.to_ne_bytes());
         }
     }
 
