@@ -271,12 +271,13 @@ mod tests {
             count
         };
         touch_all(reserved.area, false).unwrap();
+        let read = count();
         if presence.way() != "PAGEMAP_SCAN" {
             // The older ways do not tell the page of zeros from others.
-            assert_eq!(count(), 8);
+            assert_eq!(read, 8);
             return;
         }
-        assert_eq!(count(), 0, "reads map the page of zeros");
+        assert_eq!(read, 0, "reads map the page of zeros");
         touch_all(reserved.area.sub(2, 4), true).unwrap();
         assert_eq!(count(), 4);
         let beyond = VirtAddr::new(reserved.area.end().get() + LEAF_SIZE / 2);
