@@ -106,7 +106,7 @@ fn can_populate() -> bool {
 /// Touches each page by a system call, which fails where an access would kill.
 fn touch_all(range: AddrRange, write: bool) -> Result<()> {
     for address in (0..range.pages()).map(|page| range.page_at(page)) {
-        match touch(address, false).and_then(|()| if write { write_to(address) } else { Ok(()) }) {
+        match if write { write_to(address) } else { touch(address, false) } {
             Ok(()) => {}
             Err(Errno::FAULT) if write && touch(address, false).is_ok() => {
                 return Err(Error::Permission { address, what: "the mapping forbids the access" });
@@ -120,15 +120,17 @@ fn touch_all(range: AddrRange, write: bool) -> Result<()> {
     Ok(())
 }
 
-/// Touches a page for a write, after it was read: the kernel does not wait for userfaultfd in an atomic operation. It says
-/// `EFAULT` at once where the page went away again, or where stores have to wait for a moment.
+/// Touches a page for a write. The kernel does not wait for userfaultfd in an atomic operation: it says `EFAULT` where the
+/// page is away, which a read brings, and where stores have to wait for a moment.
 fn write_to(address: VirtAddr) -> std::result::Result<(), Errno> {
     let mut result = touch(address, true);
-    for _ in 1..WRITES {
+    for attempt in 1..WRITES {
         if result != Err(Errno::FAULT) {
             break;
         }
-        yield_now();
+        if attempt > 1 {
+            yield_now();
+        }
         result = touch(address, false).and_then(|()| touch(address, true));
     }
     result
